@@ -191,7 +191,7 @@ def project_gated(
 
 @step
 def choose_experts(team: Any, model: Any, scores: Any, experts: int, chosen: Any, weights: Any) -> None:
-    """chosen, weights = the experts of each token and their weights, by its scores of the model's `experts` experts."""
+    """chosen, weights = the experts of each token and their weights, by its first `experts` scores."""
     while True:
         t = claim(team, chosen.shape[0])
         if t == chosen.shape[0]:
