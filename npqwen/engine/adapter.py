@@ -5,15 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.errors import CheckpointError, OutOfMemoryError, shortened, size
-from npqwen.format.adapter import EMBEDDING, OUTPUT, Factors, StoredAdapter
+from npqwen.format.adapter import EMBEDDING, OUTPUT, StoredAdapter
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
+from npqwen.format.factors import Factor, Factors
 from npqwen.format.files import open_regular
 from npqwen.format.layout import Experts, Layout, Matrix, Tensor, pad
 from npqwen.format.safetensors import StoredTensor
@@ -25,6 +27,8 @@ from npqwen.kernels.paging import new_memory
 from npqwen.simd.llvm import CACHE_LINE
 
 Floats = NDArray[np.float32]
+_KEPT = 4
+"""Tensors in memory while factors are read: experts take turns at those that have the factors of all."""
 _DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 _LAYER = (
     (
@@ -99,15 +103,16 @@ class Adapter:
         self.name = name
         self.number = number
         self.directory = stored.directory
-        self.rank = max((factors.rank for factors in stored.factors.values()), default=0)
+        matrices = stored.matrices(config)
+        self.rank = max((factors.rank for factors in matrices.values()), default=0)
         """The largest rank of its factors."""
         layout, layers = Layout(config), config.num_hidden_layers
         check(stored, layout)
-        targets = _targets(stored, config)
+        targets = _targets(matrices, config)
         self.shrinks = np.zeros((layers, dense.INPUTS, 2), np.int64)
         self.expands = np.zeros((layers, dense.MATRICES, 3), np.int64)
         experts = 0
-        if config.mixture is not None and any(".mlp.experts." in name for name in stored.factors):
+        if config.mixture is not None and any(".mlp.experts." in name for name in matrices):
             experts = config.mixture.num_experts
         self.expert_shrinks = np.zeros((layers, experts, 2, 2), np.int64)
         self.expert_expands = np.zeros((layers, experts, 3, 3), np.int64)
@@ -123,6 +128,7 @@ class Adapter:
         self._memory = new_memory(max(1, self.nbytes))
         with open_regular(stored.weights) as file:
 
+            @lru_cache(_KEPT)
             def read(tensor: StoredTensor) -> Floats:
                 raw = np.empty(tensor.shape, _DTYPES[tensor.dtype])
                 view = raw.reshape(-1).view(np.uint8).data
@@ -140,7 +146,7 @@ class Adapter:
             end = 0
             for each in inputs:
                 end = self._fill(each, end, read)
-        ranks = sorted((matrix, factors.rank) for matrix, factors in stored.factors.items())
+        ranks = sorted((matrix, factors.rank) for matrix, factors in matrices.items())
         digest = hashlib.sha256(json.dumps(ranks).encode())
         digest.update(self._memory.data)
         self.fingerprint = digest.hexdigest()
@@ -166,7 +172,10 @@ class Adapter:
                         yield from _adapted(targets, shrinks[what], expands, chosen)
 
     def _fill(self, each: _Input, end: int, read: Callable[[StoredTensor], Floats]) -> int:
-        """Copy the factors of an input's matrices into memory, starting at byte `end`; returns the byte after them."""
+        """Copy the factors of an input's matrices into memory, starting at byte `end`; returns the byte after them.
+
+        read: returns the values of a stored tensor.
+        """
 
         def place(values: Floats) -> int:
             """values: (groups of 16 rows, columns, 16)."""
@@ -179,18 +188,18 @@ class Adapter:
             return self._memory.ctypes.data + start
 
         stacked = np.zeros((pad(_ranks(each.targets), UNIT_ROWS), each.columns), np.float32)
-        places: dict[StoredTensor, int] = {}
+        places: dict[Factor, int] = {}
         at = 0
         for (factors, _), expand in zip(each.targets, each.expands, strict=True):
             if factors.a not in places:
-                stacked[at : at + factors.rank, : factors.a.shape[1]] = read(factors.a)
+                stacked[at : at + factors.rank, : factors.a.shape[1]] = factors.a.of(read(factors.a.stored))
                 places[factors.a], at = at, at + factors.rank
             expand[1:] = factors.rank, places[factors.a]
         parts = np.split(_grouped(stacked), dense.PARTS, axis=1)
         each.shrink[:] = place(np.concatenate(parts)), len(stacked) // UNIT_ROWS
         for (factors, chosen), expand in zip(each.targets, each.expands, strict=True):
             with np.errstate(over="ignore", invalid="ignore"):
-                b = read(factors.b) * np.float32(factors.scale)
+                b = factors.b.of(read(factors.b.stored)) * np.float32(factors.scale)
             if not np.isfinite(b).all():
                 raise CheckpointError(f"{self.directory} has a scale of {factors.scale:g}, with which factors overflow")
             b = b if chosen is None else b[chosen.all]
@@ -202,16 +211,17 @@ class Adapter:
 
 def check(stored: StoredAdapter, layout: Layout) -> None:
     """Raise CheckpointError unless an adapter can be applied to a model of this layout at run time."""
-    of_draft_layer = [name for name in stored.factors if name.startswith("mtp.")]
+    matrices = stored.matrices(layout.config)
+    of_draft_layer = [name for name in matrices if name.startswith("mtp.")]
     for name in (EMBEDDING, OUTPUT, *stored.saved, *of_draft_layer):
-        if name in stored.saved or name in stored.factors:
+        if name in stored.saved or name in matrices:
             how = "replaces" if name in stored.saved else "adapts"
             raise CheckpointError(
                 f"{stored.directory} {how} {shortened(name)}, which is only possible when it is merged into the model: "
                 f"npqwen convert MODEL OUT --adapter {stored.directory}"
             )
     shapes: dict[str, tuple[int, ...]] = {}
-    layers = {_layer_of(name) for name in stored.factors}
+    layers = {_layer_of(name) for name in matrices}
     for i in range(layout.config.num_hidden_layers):
         if i in layers:
             own: dict[str, tuple[int, ...]] = {}
@@ -221,7 +231,7 @@ def check(stored: StoredAdapter, layout: Layout) -> None:
                 elif role == "shared_expert_gate":
                     own[tensor.name] = 1, tensor.length
             shapes |= whole(own, f"model.layers.{i}", layout.config)
-    for name, factors in stored.factors.items():
+    for name, factors in matrices.items():
         stored.check_shape(name, factors.shape, shapes.get(name), "the model")
 
 
@@ -231,10 +241,10 @@ def _layer_of(name: str) -> int:
     return int(parts[2]) if len(parts) > 2 and parts[2].isascii() and parts[2].isdigit() and len(parts[2]) < 9 else -1
 
 
-def _targets(stored: StoredAdapter, config: Config) -> dict[str, _Target]:
-    """The matrices of the layout that an adapter adapts, by name."""
+def _targets(matrices: Mapping[str, Factors], config: Config) -> dict[str, _Target]:
+    """The adapted matrices of the layout, by name. matrices: those of the checkpoint."""
     found: dict[str, _Target] = {}
-    for name, factors in stored.factors.items():
+    for name, factors in matrices.items():
         if parts := split(name.removesuffix(".weight"), config):
             found |= {f"{part}.weight": _Target(factors, rows) for part, rows in parts.items()}
         else:

@@ -1,15 +1,16 @@
 """LoRA adapters as PEFT saves them: which factors of which matrices, and their scales.
 
 An adapter adds scale * B @ A to a matrix (Hu et al., 2021, "LoRA"); scale is lora_alpha / r, or lora_alpha / sqrt(r)
-with use_rslora. For an embedding A and B are stored transposed. modules_to_save are whole matrices that replace the
-model's. The names and the keys of adapter_config.json are those of PEFT's LoraConfig.
+with use_rslora. modules_to_save are whole matrices that replace the
+model's. The names and the keys of adapter_config.json are those of PEFT's LoraConfig. With target_parameters, experts
+that share a parameter have factors of all of them together (npqwen/format/factors.py).
 """
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,8 @@ from npqwen.checks import is_number
 from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 from npqwen.format.alpha_patterns import AlphaPatterns
 from npqwen.format.bare_names import is_bare, prefixed
-from npqwen.format.config import read_json
+from npqwen.format.config import Config, read_json
+from npqwen.format.factors import FUSED, Factor, Factors, FusedFactors, fused_shapes, orientations
 from npqwen.format.safetensors import StoredTensor, stored_tensors
 from npqwen.format.text_part import text_name
 
@@ -29,13 +31,14 @@ DTYPES = ("BF16", "F16", "F32")
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?(embedding)|\.weight)")
+_EXPERTS = re.compile(r"(?P<layer>.+\.mlp)\.experts(?:\.base_layer)?\.weight")
+"""A layer's experts as the module that has their fused parameters: PEFT wraps it once for each parameter."""
 _UNSUPPORTED = {
     "use_dora": "DoRA",
     "use_qalora": "QALoRA",
     "alora_invocation_tokens": "activated LoRA",
     "trainable_token_indices": "trained tokens",
     "layer_replication": "replicated layers",
-    "target_parameters": "adapted parameters of modules (target_parameters)",
     "fan_in_fan_out": "matrices that are stored transposed (fan_in_fan_out)",
     "lora_bias": "biases of factors (lora_bias)",
     "megatron_config": "Megatron's layers",
@@ -77,28 +80,6 @@ class AdapterFile:
         return cls(Path(text))
 
 
-@dataclass(frozen=True)
-class Factors:
-    """a (r, columns) and b (rows, r) of one matrix, in the adapter's file; an embedding's are those of its transpose.
-
-    scale: what their product is multiplied by.
-    """
-
-    a: StoredTensor
-    b: StoredTensor
-    scale: float
-    transposed: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """The shape of the adapted matrix."""
-        return (self.a.shape[1], self.b.shape[0]) if self.transposed else (self.b.shape[0], self.a.shape[1])
-
-    @property
-    def rank(self) -> int:
-        return self.a.shape[0]
-
-
 class StoredAdapter:
     """An adapter's directory, read and checked except for the values of its tensors.
 
@@ -119,7 +100,8 @@ class StoredAdapter:
         self.saved: dict[str, StoredTensor] = {}
         """The tensors of modules_to_save, by the checkpoint's names."""
         self.factors: dict[str, Factors] = {}
-        """Factors by the names of the adapted matrices."""
+        """Factors by the names of the adapted matrices, without those of fused experts; see `matrices`."""
+        self._fused: dict[str, list[FusedFactors]] = {}  # by the prefix of the layer's names
         self._sort(stored_tensors(self.weights))
 
     @property
@@ -136,6 +118,47 @@ class StoredAdapter:
     def unties(self) -> bool:
         """Whether it changes the embedding or the output matrix, so that they can no longer be tied."""
         return bool({EMBEDDING, OUTPUT} & {*self.saved, *self.factors})
+
+    def matrices(self, config: Config) -> dict[str, Factors]:
+        """Factors by the names of the adapted matrices of a model with this configuration.
+
+        Raises CheckpointError for fused experts that are not the model's.
+        """
+        found = dict(self.factors)
+        if not self._fused:
+            return found
+        if config.mixture is None:
+            raise CheckpointError(f"{self.directory} adapts experts, which the model lacks; is it of another model?")
+        shapes, experts = fused_shapes(config), config.mixture.num_experts
+        possible = orientations(list(self._fused.values()), shapes)
+        if not possible:
+            raise CheckpointError(f"{self.directory} adapts experts of other sizes; is it of another model?")
+        if len(possible) > 1:
+            raise CheckpointError(
+                f"{self.directory} adapts square matrices of experts, whose factors may be those of the transposed "
+                f"ones; {_ADVICE}"
+            )
+        (transposed,) = possible
+        named = {shape[::-1] if transposed else shape: parameter for parameter, shape in shapes.items()}
+        for layer, several in self._fused.items():
+            for fused in several:
+                parameter = named[fused.shape]
+                rank, rest = divmod(fused.a.shape[0], experts)
+                if rest:
+                    raise CheckpointError(
+                        f"{self.directory} adapts {shortened(layer)}.experts with {fused.a.shape[0]:,} ranks for the "
+                        f"{experts:,} experts of the model; is it of another model?"
+                    )
+                self._check_rank(f"{layer}.experts", rank, *fused.shape)
+                scale = self._scale(fused.alphas[parameter], rank)
+                size = shapes[parameter][0] // len(FUSED[parameter])
+                for expert in range(experts):
+                    for i, part in enumerate(FUSED[parameter]):
+                        name, rows = f"{layer}.experts.{expert}.{part}.weight", range(i * size, (i + 1) * size)
+                        if name in found:
+                            raise CheckpointError(f"{self.directory} adapts {shortened(name)} twice")
+                        found[name] = fused.of_expert(expert, experts, rows, scale, transposed=transposed)
+        return found
 
     def check_shape(
         self, name: str, shape: tuple[int, ...], expected: tuple[int, ...] | None, whose: str = "the checkpoint"
@@ -204,7 +227,15 @@ class StoredAdapter:
                 matrix = own.replace(".modules_to_save", "").replace(".base_layer", "")
                 if self.saved.setdefault(matrix, tensor) is not tensor:
                     raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
-        alphas = AlphaPatterns(self._config.get("alpha_pattern") or {}, modules.values(), str(self.directory / CONFIG))
+        parameters = self._target_parameters()
+        experts = {name: found for name in factors if (found := _EXPERTS.fullmatch(name))}
+        for name, module in modules.items():  # PEFT's names of what it adapts, to which its patterns are applied
+            module = module.replace(".base_layer", "")
+            modules[name] = f"{module}.weight" if _ends_in(f"{module}.weight", parameters) else module
+        fused = {name: {part: f"{modules[name]}.{part}" for part in FUSED} for name in experts}
+        adapted = [*modules.values(), *(name for both in fused.values() for name in both.values())]
+        alphas = AlphaPatterns(self._config.get("alpha_pattern") or {}, adapted, str(self.directory / CONFIG))
+        default = self._config.get("lora_alpha", 8)
         for name, pair in factors.items():
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(f"{self.directory} has only one of the two factors of {shortened(name)}")
@@ -214,15 +245,32 @@ class StoredAdapter:
                     f"{self.directory}: the factors of {shortened(name)} have shapes {list(a.shape)} and "
                     f"{list(b.shape)}, which have no product"
                 )
-            if a.shape[0] > max(a.shape[1], b.shape[0]):
-                raise CheckpointError(
-                    f"{self.directory}: the factors of {shortened(name)} have rank {a.shape[0]:,}, but it has only "
-                    f"{max(a.shape[1], b.shape[0]):,} rows or columns"
-                )
-            alpha = alphas.alpha(modules[name], self._config.get("lora_alpha", 8))
-            self.factors[name] = Factors(a, b, self._scale(alpha, a.shape[0]), name in transposed)
-        if not self.factors and not self.saved:
+            if name in experts:
+                of_each = {part: alphas.alpha(module, default) for part, module in fused[name].items()}
+                self._fused.setdefault(experts[name]["layer"], []).append(FusedFactors(a, b, of_each))
+                continue
+            self._check_rank(name, a.shape[0], b.shape[0], a.shape[1])
+            scale = self._scale(alphas.alpha(modules[name], default), a.shape[0])
+            if name in transposed:
+                self.factors[name] = Factors(Factor.whole(b, transposed=True), Factor.whole(a, transposed=True), scale)
+            else:
+                self.factors[name] = Factors(Factor.whole(a), Factor.whole(b), scale)
+        if not self.factors and not self._fused and not self.saved:
             raise CheckpointError(f"{self.weights} adapts nothing of the text model")
+
+    def _target_parameters(self) -> frozenset[str]:
+        """The ends of the names of parameters that are adapted as such, not as their module's weight."""
+        found = self._config.get("target_parameters") or []
+        if not isinstance(found, list) or not all(isinstance(one, str) for one in found):
+            raise CheckpointError(f"{self.directory / CONFIG} has target_parameters that are not a list of names")
+        return frozenset(found)
+
+    def _check_rank(self, name: str, rank: int, rows: int, columns: int) -> None:
+        if rank > max(rows, columns):
+            raise CheckpointError(
+                f"{self.directory}: the factors of {shortened(name)} have rank {rank:,}, but it has only "
+                f"{max(rows, columns):,} rows or columns"
+            )
 
     def _scale(self, alpha: Any, rank: int) -> float:
         """The scale of the product of a matrix's factors, from its lora_alpha."""
@@ -231,3 +279,9 @@ class StoredAdapter:
         if not abs(alpha) <= _LARGEST:
             raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}, which is impossible")
         return self._strength * float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
+
+
+def _ends_in(name: str, ends: Collection[str]) -> bool:
+    """Whether a name is one of these, or ends in one of them after a dot."""
+    parts = name.split(".")
+    return any(".".join(parts[i:]) in ends for i in range(len(parts)))

@@ -126,7 +126,7 @@ class Checkpoint:
             self.raw_config |= {"tie_word_embeddings": False}
             if EMBEDDING in self.tensors:
                 self.tensors[OUTPUT] = self.tensors[EMBEDDING]
-        self.tensors = adapter.apply(self.tensors)
+        self.tensors = adapter.apply(self.tensors, self.config)
 
     def sources(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """Tensors of the checkpoint, as in `tensors`, from all stored tensors that they are made from."""

@@ -401,7 +401,8 @@ def test_files_that_have_no_end(model: Path, name: str, kind: str) -> None:
     problem = f"{name} cannot be read: it is not a regular file"
     if kind == "sparse":
         header = "model.safetensors is damaged or truncated: its header would be 0 bytes"
-        problem = header if name == "model.safetensors" else f"{name} cannot be read: it is larger than (16|50|64|100) MB"
+        too_large = f"{name} cannot be read: it is larger than (16|50|64|100) MB"
+        problem = header if name == "model.safetensors" else too_large
     with pytest.raises((CheckpointError, FormatError), match=problem):
         load(model, threads=1)
 
