@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,35 +129,14 @@ class StoredAdapter:
             return found
         if config.mixture is None:
             raise CheckpointError(f"{self.directory} adapts experts, which the model lacks; is it of another model?")
-        shapes, experts = fused_shapes(config), config.mixture.num_experts
-        possible = orientations(list(self._fused.values()), shapes)
-        if not possible:
-            raise CheckpointError(f"{self.directory} adapts experts of other sizes; is it of another model?")
-        if len(possible) > 1:
-            raise CheckpointError(
-                f"{self.directory} adapts square matrices of experts, whose factors may be those of the transposed "
-                f"ones; {_ADVICE}"
-            )
-        (transposed,) = possible
-        named = {shape[::-1] if transposed else shape: parameter for parameter, shape in shapes.items()}
+        shapes = fused_shapes(config)
+        transposed = self._are_transposed(shapes)
         for layer, several in self._fused.items():
             for fused in several:
-                parameter = named[fused.shape]
-                rank, rest = divmod(fused.a.shape[0], experts)
-                if rest:
-                    raise CheckpointError(
-                        f"{self.directory} adapts {shortened(layer)}.experts with {fused.a.shape[0]:,} ranks for the "
-                        f"{experts:,} experts of the model; is it of another model?"
-                    )
-                self._check_rank(f"{layer}.experts", rank, *fused.shape)
-                scale = self._scale(fused.alphas[parameter], rank)
-                size = shapes[parameter][0] // len(FUSED[parameter])
-                for expert in range(experts):
-                    for i, part in enumerate(FUSED[parameter]):
-                        name, rows = f"{layer}.experts.{expert}.{part}.weight", range(i * size, (i + 1) * size)
-                        if name in found:
-                            raise CheckpointError(f"{self.directory} adapts {shortened(name)} twice")
-                        found[name] = fused.of_expert(expert, experts, rows, scale, transposed=transposed)
+                for name, factors in self._of_experts(layer, fused, shapes, config.mixture.num_experts, transposed):
+                    if name in found:
+                        raise CheckpointError(f"{self.directory} adapts {shortened(name)} twice")
+                    found[name] = factors
         return found
 
     def check_shape(
@@ -227,15 +206,6 @@ class StoredAdapter:
                 matrix = own.replace(".modules_to_save", "").replace(".base_layer", "")
                 if self.saved.setdefault(matrix, tensor) is not tensor:
                     raise CheckpointError(f"{self.directory} adapts {shortened(matrix)} twice")
-        parameters = self._target_parameters()
-        experts = {name: found for name in factors if (found := _EXPERTS.fullmatch(name))}
-        for name, module in modules.items():  # PEFT's names of what it adapts, to which its patterns are applied
-            module = module.replace(".base_layer", "")
-            modules[name] = f"{module}.weight" if _ends_in(f"{module}.weight", parameters) else module
-        fused = {name: {part: f"{modules[name]}.{part}" for part in FUSED} for name in experts}
-        adapted = [*modules.values(), *(name for both in fused.values() for name in both.values())]
-        alphas = AlphaPatterns(self._config.get("alpha_pattern") or {}, adapted, str(self.directory / CONFIG))
-        default = self._config.get("lora_alpha", 8)
         for name, pair in factors.items():
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(f"{self.directory} has only one of the two factors of {shortened(name)}")
@@ -245,18 +215,73 @@ class StoredAdapter:
                     f"{self.directory}: the factors of {shortened(name)} have shapes {list(a.shape)} and "
                     f"{list(b.shape)}, which have no product"
                 )
+        self._take({name: (pair["A"], pair["B"]) for name, pair in factors.items()}, modules, transposed)
+        if not self.factors and not self._fused and not self.saved:
+            raise CheckpointError(f"{self.weights} adapts nothing of the text model")
+
+    def _take(
+        self,
+        pairs: Mapping[str, tuple[StoredTensor, StoredTensor]],
+        modules: Mapping[str, str],
+        transposed: Collection[str],
+    ) -> None:
+        """Set `factors` and `_fused` from A and B of each matrix, and PEFT's names of their modules."""
+        parameters = self._target_parameters()
+        experts = {name: found for name in pairs if (found := _EXPERTS.fullmatch(name))}
+        keys: dict[str, dict[str, str]] = {}  # to which PEFT applies its patterns, of each matrix or fused parameter
+        for name, module in modules.items():
+            module = module.replace(".base_layer", "")
+            weight = f"{module}.weight"
             if name in experts:
-                of_each = {part: alphas.alpha(module, default) for part, module in fused[name].items()}
-                self._fused.setdefault(experts[name]["layer"], []).append(FusedFactors(a, b, of_each))
+                keys[name] = {parameter: f"{module}.{parameter}" for parameter in FUSED}
+            else:
+                keys[name] = {"": weight if _ends_in(weight, parameters) else module}
+        names = [key for several in keys.values() for key in several.values()]
+        patterns = AlphaPatterns(self._config.get("alpha_pattern") or {}, names, str(self.directory / CONFIG))
+        default = self._config.get("lora_alpha", 8)
+        for name, (a, b) in pairs.items():
+            alphas = {parameter: patterns.alpha(key, default) for parameter, key in keys[name].items()}
+            if name in experts:
+                self._fused.setdefault(experts[name]["layer"], []).append(FusedFactors(a, b, alphas))
                 continue
             self._check_rank(name, a.shape[0], b.shape[0], a.shape[1])
-            scale = self._scale(alphas.alpha(modules[name], default), a.shape[0])
+            scale = self._scale(alphas[""], a.shape[0])
             if name in transposed:
                 self.factors[name] = Factors(Factor.whole(b, transposed=True), Factor.whole(a, transposed=True), scale)
             else:
                 self.factors[name] = Factors(Factor.whole(a), Factor.whole(b), scale)
-        if not self.factors and not self._fused and not self.saved:
-            raise CheckpointError(f"{self.weights} adapts nothing of the text model")
+
+    def _are_transposed(self, shapes: Mapping[str, tuple[int, int]]) -> bool:
+        """Whether the factors of fused experts are those of the transposed matrices. shapes: of the parameters."""
+        possible = orientations(list(self._fused.values()), shapes)
+        if not possible:
+            raise CheckpointError(f"{self.directory} adapts experts of other sizes; is it of another model?")
+        if len(possible) > 1:
+            raise CheckpointError(
+                f"{self.directory} adapts square matrices of experts, whose factors may be those of the transposed "
+                f"ones; {_ADVICE}"
+            )
+        return possible[0]
+
+    def _of_experts(
+        self, layer: str, fused: FusedFactors, shapes: Mapping[str, tuple[int, int]], experts: int, transposed: bool
+    ) -> Iterator[tuple[str, Factors]]:
+        """The factors of the matrices of a layer's experts, with their names."""
+        (parameter,) = (one for one, shape in shapes.items() if fused.shape == (shape[::-1] if transposed else shape))
+        rank, rest = divmod(fused.a.shape[0], experts)
+        if rest:
+            raise CheckpointError(
+                f"{self.directory} adapts {shortened(layer)}.experts with {fused.a.shape[0]:,} ranks for the "
+                f"{experts:,} experts of the model; is it of another model?"
+            )
+        self._check_rank(f"{layer}.experts", rank, *fused.shape)
+        scale = self._scale(fused.alphas[parameter], rank)
+        size = shapes[parameter][0] // len(FUSED[parameter])
+        for expert in range(experts):
+            for i, part in enumerate(FUSED[parameter]):
+                rows = range(i * size, (i + 1) * size)
+                factors = fused.of_expert(expert, experts, rows, scale, transposed=transposed)
+                yield f"{layer}.experts.{expert}.{part}.weight", factors
 
     def _target_parameters(self) -> frozenset[str]:
         """The ends of the names of parameters that are adapted as such, not as their module's weight."""
