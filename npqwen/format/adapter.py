@@ -20,7 +20,8 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
 from npqwen.format.alpha_patterns import AlphaPatterns
 from npqwen.format.bare_names import is_bare, prefixed
 from npqwen.format.config import Config, read_json
-from npqwen.format.factors import FUSED, Factor, Factors, FusedFactors, fused_shapes, orientations
+from npqwen.format.factors import Factor, Factors, FusedFactors, orientations
+from npqwen.format.fused_experts import FUSED, fused_shapes
 from npqwen.format.safetensors import StoredTensor, stored_tensors
 from npqwen.format.text_part import text_name
 

@@ -14,7 +14,6 @@ from typing import Any
 
 from numpy.typing import NDArray
 
-from npqwen.format.config import Config
 from npqwen.format.safetensors import DTYPE_BYTES, StoredTensor
 
 
@@ -90,22 +89,11 @@ class FusedFactors:
         return Factors(a, replace(b, rows=rows), scale)
 
 
-FUSED = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""transformers' parameters for the experts of a layer, and the matrices whose rows each has, one after the other."""
-
-
-def fused_shapes(config: Config) -> dict[str, tuple[int, int]]:
-    """The shapes of an expert's matrices by the names of transformers' parameters; empty for a dense model."""
-    if config.mixture is None:
-        return {}
-    hidden, inner = config.hidden_size, config.mixture.moe_intermediate_size
-    return {"gate_up_proj": (2 * inner, hidden), "down_proj": (hidden, inner)}
-
-
 def orientations(layers: Sequence[Sequence[FusedFactors]], shapes: Mapping[str, tuple[int, int]]) -> list[bool]:
-    """Whether fused factors may be those of matrices (False), of transposed ones (True), either, or of neither.
+    """How the factors of fused experts may be stored, by their shapes: False as of the matrices, True as of the
+    transposed ones.
 
-    layers: the factors of each layer, each of another of the parameters with these shapes.
+    layers: the factors of each layer, at most one of each parameter. shapes: of an expert's part of the parameters.
     """
     possible = []
     for transposed in (False, True):

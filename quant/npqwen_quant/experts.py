@@ -10,13 +10,12 @@ import numpy.typing as npt
 
 from npqwen.errors import CheckpointError, shortened
 from npqwen.format.config import Config
+from npqwen.format.fused_experts import FUSED, fused_shapes
 from npqwen_quant.recent import Recent
 from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor
 
 _STACKED = ".mlp.switch_mlp."
-_FUSED = ".mlp.experts."
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""The fused tensors of a layer's experts, and the matrices that each has of every expert, one after the other."""
+_EXPERTS = ".mlp.experts."
 _OTHER = {"gate_up_proj": "down_proj", "down_proj": "gate_up_proj"}
 _MOST = 1 << 16
 """Most experts of a layer that are split, to bound memory."""
@@ -30,20 +29,20 @@ def names_of_singles(names: Iterable[str], config: Config) -> dict[str, tuple[st
     CheckpointError for so many experts that their names might not fit in memory.
     """
     count = 0 if config.mixture is None else config.mixture.num_experts
-    both = tuple(part for parts in _PARTS.values() for part in parts)
+    both = tuple(part for parts in FUSED.values() for part in parts)
     found: dict[str, tuple[str, ...]] = {}
     total = 0
     for name in names:
         layer, stacked, after = name.partition(_STACKED)
         parts: tuple[str, ...] = (after,) if stacked else ()
         if not stacked:
-            layer, _, fused = name.partition(_FUSED)
-            own = both if _ambiguous(config) else _PARTS.get(fused, ())
-            parts = tuple(f"{part}.weight" for part in own) if fused in _PARTS else ()
+            layer, _, fused = name.partition(_EXPERTS)
+            own = both if _ambiguous(config) else FUSED.get(fused, ())
+            parts = tuple(f"{part}.weight" for part in own) if fused in FUSED else ()
         total += count * len(parts)
         if total > _MOST_NAMES:
             raise CheckpointError(f"config.json's num_experts, {count}, is more than any model has")
-        singles = (f"{layer}{_FUSED}{expert}.{part}" for part in parts for expert in range(count))
+        singles = (f"{layer}{_EXPERTS}{expert}.{part}" for part in parts for expert in range(count))
         found[name] = tuple(singles) or (name,)
     return found
 
@@ -72,22 +71,22 @@ def unfused(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, So
     found: dict[str, SourceTensor] = {}
     recent: Recent[npt.NDArray[Any]] = Recent()
     for name, tensor in tensors.items():
-        layer, _, part = name.partition(_FUSED)
-        if part not in _PARTS or not isinstance(tensor, PlainTensor):
+        layer, _, part = name.partition(_EXPERTS)
+        if part not in FUSED or not isinstance(tensor, PlainTensor):
             found[name] = tensor
             continue
         transposed = _is_transposed(name, tensor, config)
         if transposed is None:
-            beside = f"{layer}{_FUSED}{_OTHER[part]}"
+            beside = f"{layer}{_EXPERTS}{_OTHER[part]}"
             other = tensors.get(beside)
             if not isinstance(other, PlainTensor):
                 raise CheckpointError(f"{tensor.path} has {shortened(name)}, but no {_OTHER[part]} beside it")
             transposed = bool(_is_transposed(beside, other, config))
-        rows = tensor.shape[2 if transposed else 1] // len(_PARTS[part])
+        rows = tensor.shape[2 if transposed else 1] // len(FUSED[part])
         for expert in range(tensor.shape[0]):
             matrix = tensor.entry(expert)
-            for i, each in enumerate(_PARTS[part]):
-                found[f"{layer}{_FUSED}{expert}.{each}.weight"] = (
+            for i, each in enumerate(FUSED[part]):
+                found[f"{layer}{_EXPERTS}{expert}.{each}.weight"] = (
                     TransposedRows(matrix, i * rows, rows, recent) if transposed else matrix.rows(i * rows, rows)
                 )
     return found
@@ -96,8 +95,7 @@ def unfused(tensors: Mapping[str, SourceTensor], config: Config) -> dict[str, So
 def _ambiguous(config: Config) -> bool:
     """Whether the matrices of one of a layer's fused tensors are square: then its shape does not tell whether they are
     transposed."""
-    inner = 0 if config.mixture is None else config.mixture.moe_intermediate_size
-    return config.hidden_size in (inner, 2 * inner)
+    return any(rows == columns for rows, columns in fused_shapes(config).values())
 
 
 def _is_transposed(name: str, tensor: PlainTensor, config: Config) -> bool | None:
@@ -105,8 +103,8 @@ def _is_transposed(name: str, tensor: PlainTensor, config: Config) -> bool | Non
 
     The matrices of gate_up_proj and of down_proj cannot both be square.
     """
-    inner, hidden = _check(name, tensor, config), config.hidden_size
-    shape = (2 * inner, hidden) if name.endswith("gate_up_proj") else (hidden, inner)
+    _check(name, tensor, config)
+    shape = fused_shapes(config)[name.rpartition(".")[2]]
     if tensor.shape[1:] not in (shape, shape[::-1]):
         raise CheckpointError(
             f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}, but config.json says "
@@ -115,8 +113,8 @@ def _is_transposed(name: str, tensor: PlainTensor, config: Config) -> bool | Non
     return None if shape[0] == shape[1] else tensor.shape[1:] != shape
 
 
-def _check(name: str, tensor: PlainTensor, config: Config) -> int:
-    """The inner size of an expert. CheckpointError for a tensor that does not stack the model's experts."""
+def _check(name: str, tensor: PlainTensor, config: Config) -> None:
+    """Raise CheckpointError for a tensor that does not stack the model's experts."""
     mixture = config.mixture
     if mixture is None:
         raise CheckpointError(f"{tensor.path} has {shortened(name)}, experts that config.json does not describe")
@@ -125,7 +123,6 @@ def _check(name: str, tensor: PlainTensor, config: Config) -> int:
             f"{tensor.path}: {shortened(name)} has shape {list(tensor.shape)}; config.json has {mixture.num_experts} "
             "experts"
         )
-    return mixture.moe_intermediate_size
 
 
 class TransposedRows(SourceTensor):
