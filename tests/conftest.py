@@ -75,7 +75,7 @@ def kernels(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 
     Child processes find them by NPQWEN_CACHE.
     """
-    kept = request.config.cache
+    kept = getattr(request.config, "cache", None)  # -p no:cacheprovider
     place = tmp_path_factory.mktemp("cache") if kept is None else kept.mkdir("npqwen")
     from npqwen.kernels.compiled import kernel_directory
 

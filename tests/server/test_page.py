@@ -524,6 +524,41 @@ def test_two_tabs_show_the_same_conversations(page: Page, api: FakeApi, browser:
     assert second.problems == []
 
 
+def test_an_answer_that_arrives_in_another_tab(page: Page, api: FakeApi, browser: Browser) -> None:
+    api.answer(text("One"), HOLD, text(" two"), HOLD, end())
+    ask(page, "Count")
+    page.until_text(ANSWER, "One")
+    second = browser.open_beside(page, page.evaluate("location.href"))
+    second.until_text(".error.mild", "This answer is arriving in another tab.")
+    assert second.count(".error button, [aria-label='Answer again']") == 0
+    api.release()
+    second.until_text(ANSWER, "One two")
+    assert second.text(".error.mild") == "This answer is arriving in another tab."
+    page.load("about:blank")
+    second.until_text(".error.mild", "This answer was interrupted.")
+    assert second.problems == []
+
+
+def test_a_conversation_deleted_in_another_tab_stays_deleted(page: Page, api: FakeApi, browser: Browser) -> None:
+    api.answer(text("One"), HOLD, text(" two"), HOLD, end())
+    ask(page, "Count")
+    page.until_text(ANSWER, "One")
+    second = browser.open_beside(page, api.url)
+    second.until_text("#list .open", "Count")
+    second.click("#list .open")
+    page.evaluate("void window.dispatchEvent(new Event('beforeunload'))")  # saves the answer for a new start
+    second.click("[aria-label^=Delete]")
+    second.click("#list .danger")
+    page.until("document.querySelectorAll('#list li').length === 0 && !document.querySelector('.message')")
+    wait_until(partial(was_cancelled, api.requests[-1]))
+    assert "One" not in page.evaluate("JSON.stringify(localStorage)")
+    for one in (page, second):
+        one.reload()
+        one.until("document.getElementById('model').value")
+        assert one.count("#list li") == 0
+        assert one.problems == []
+
+
 def test_two_tabs_that_ask_at_once_lose_nothing(page: Page, api: FakeApi, browser: Browser) -> None:
     ask_and_wait(page, "First")
     second = browser.open_beside(page, page.evaluate("location.href"))

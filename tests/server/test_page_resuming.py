@@ -71,6 +71,39 @@ def test_what_came_while_the_page_was_closed_is_there(
     page.close()
 
 
+def test_the_back_button_loses_nothing(
+    browser: Browser, scripted: tuple[ScriptedModels, str], finish: Any
+) -> None:
+    page, models = asked(browser, scripted)
+    page.load("about:blank")
+    models.put(Text(" two"))
+    page.evaluate("void history.back()")
+    page.until_text(ANSWER, "one two")
+    models.put(Text(" three"), finish)
+    idle(page)
+    assert shown(page) == ["Hi", "one two three"]
+    assert len(models.runs) == 1
+    assert page.problems == []
+    page.close()
+
+
+def test_another_tab_continues_the_answer_of_one_that_is_closed(
+    browser: Browser, scripted: tuple[ScriptedModels, str], finish: Any
+) -> None:
+    page, models = asked(browser, scripted)
+    second = browser.open_beside(page, str(page.evaluate("location.href")))
+    second.until_text(".error.mild", "This answer is arriving in another tab.")
+    page.load("about:blank")
+    second.until("!document.getElementById('stop').hidden")
+    models.put(Text(" two"), finish)
+    second.until_text(ANSWER, "one two")
+    idle(second)
+    assert shown(second) == ["Hi", "one two"]
+    assert len(models.runs) == 1
+    assert second.problems == []
+    page.close()
+
+
 def test_stop_after_a_reload_ends_the_answer(browser: Browser, scripted: tuple[ScriptedModels, str]) -> None:
     page, models = asked(browser, scripted)
     page.reload()

@@ -37,10 +37,15 @@ export class Answer {
     if (stream) request(streamPath(stream), { key: this.key, method: "DELETE" }).catch(() => {});
   }
 
-  // The page is being closed or, unless `surely`, may be: a connection that breaks then is no error of the server's.
-  leave(surely) {
-    if (surely) this.left = true;
-    else this.patience = LEAVING.announced;
+  // The page may be closed: a connection that breaks then is no error of the server's.
+  expectLeaving() {
+    this.patience = LEAVING.announced;
+  }
+
+  // The page is being closed, or kept for the "back" button: ends the connection, and leaves the answer unfinished.
+  leave() {
+    this.left = true;
+    this.controller.abort();
   }
 
   // Runs until the answer ends, for whatever reason; never throws.
@@ -70,6 +75,7 @@ export class Answer {
     try {
       response = await this.rest();
     } catch (error) {
+      if (this.left) return;
       if (error.name === "AbortError") this.message.finish = "stopped";
       if (error.name === "AbortError" || error.status === 404 || error.status === 410) this.message.stream = null;
       return;

@@ -9,7 +9,7 @@ import { keyForm, messageView, WRONG_KEY } from "./message_view.js";
 import { Retries } from "./retries.js";
 import { defaults, requestFields, SettingsDialog } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
-import { alone, remember, remembered, rememberLast, Storage, takeLast } from "./storage.js";
+import { alone, HAS_LOCKS, remember, remembered, rememberLast, Storage, takeLast } from "./storage.js";
 import { models, ServerError } from "./stream.js";
 
 const NEAR_END = 48; // pixels from the end of the conversation within which the view counts as at the end
@@ -21,6 +21,7 @@ const input = $("input");
 const storage = new Storage(otherTab);
 const all = new Map(); // conversations by id; one without messages is not saved
 const answers = new Map(); // running Answers by the conversation's id
+const others = new Map(); // unfinished answers by the message's id: true if another tab receives them
 const retries = new Retries(drawSoon); // of answers, by the message's id
 let current = conversations.newConversation(defaults());
 let views = []; // of the messages on the screen
@@ -109,45 +110,64 @@ async function ask(unfinished = null, attempt = 0) {
     return;
   }
   atEnd = true;
-  const error = await follow(conversation, message, (answer) => alone(message.id, () => answer.run(body, key)));
-  if (error?.retryAfter)
-    retries.start(message.id, error.retryAfter, attempt, (next) => {
+  const answer = begin(conversation, message);
+  await alone(message.id, () => follow(answer, () => answer.run(body, key)));
+  if (answer.error?.retryAfter)
+    retries.start(message.id, answer.error.retryAfter, attempt, (next) => {
       const shown = conversation === current && conversation.head === message.id;
       if (shown && !answers.has(conversation.id)) ask(message, next);
     });
   if (conversation === current) draw();
 }
 
-// Shows and saves an answer as it streams, until run(answer) ends. Returns the ServerError that ended it, if any.
-async function follow(conversation, message, run) {
+// Shows that a message is about to arrive.
+function begin(conversation, message) {
   const answer = new Answer(conversation, message, (urgent) => {
     if (conversation === current) drawSoon();
+    if (!all.has(conversation.id)) return; // deleted
     if (urgent) return storage.put(conversation).catch(() => {});
     storage.putSoon(conversation);
   });
   answers.set(conversation.id, answer);
   draw();
+  return answer;
+}
+
+// Shows and saves an answer as it streams, until run() ends.
+async function follow(answer, run) {
+  const { conversation, message } = answer;
   await save(conversation);
-  await run(answer);
+  await run();
   if (answers.get(conversation.id) === answer) answers.delete(conversation.id);
+  if (answer.left) return; // at once: nothing runs for long after "pagehide", and another tab waits for the lock
   message.status = answer.error?.status ?? 0;
   await save(conversation);
   if (conversation === current) draw();
   else drawSidebar();
-  return answer.error;
 }
 
-// Continues answers that were streaming when this page, or another tab that continued them, was closed.
-function resumeAll() {
-  for (const { id, messages } of all.values())
-    for (const message of messages)
-      if (message.stream) alone(message.id, () => resume(id, message.id));
+// Continues the conversation's unfinished answers once no other tab receives them.
+function takeUp({ id, messages }) {
+  for (const message of messages) {
+    if (message.finish !== null || others.has(message.id) || answers.get(id)?.message === message) continue;
+    others.set(message.id, false);
+    const held = () => {
+      others.set(message.id, true);
+      drawSoon();
+    };
+    alone(message.id, () => resume(id, message.id), held).finally(() => {
+      others.delete(message.id);
+      drawSoon();
+    });
+  }
 }
 
 async function resume(id, messageId) {
   const conversation = all.get(id);
   const message = conversation?.messages.find((one) => one.id === messageId);
-  if (message?.stream && !answers.has(id)) await follow(conversation, message, (answer) => answer.resume(key));
+  if (!message?.stream || answers.has(id)) return;
+  const answer = begin(conversation, message);
+  await follow(answer, () => answer.resume(key));
 }
 
 function retry(message) {
@@ -204,10 +224,13 @@ async function otherTab(id) {
   const saved = await storage.get(id);
   const known = all.get(id);
   const running = answers.get(id)?.message;
-  if (!saved && running) return; // which saves the conversation again
-  if (!saved) all.delete(id);
-  else if (!known) all.set(id, saved);
+  if (!saved) {
+    answers.get(id)?.stop();
+    all.delete(id);
+    storage.forget(id);
+  } else if (!known) all.set(id, saved);
   else if (conversations.adopt(known, saved, running)) storage.putSoon(known);
+  if (saved && HAS_LOCKS) takeUp(all.get(id));
   if (current.id !== id) drawSidebar();
   else if (saved) draw();
   else newChat();
@@ -291,6 +314,7 @@ function draw() {
   views.forEach((view, i) =>
     view.update({
       answer: answer?.message === view.message ? answer : null,
+      elsewhere: others.get(view.message.id) ?? false,
       waiting: retries.left(view.message.id),
       showThinking: settings.showThinking,
       last: i === views.length - 1,
@@ -412,13 +436,24 @@ addEventListener("hashchange", () => {
   const wanted = all.get(location.hash.slice(1));
   if (wanted && wanted !== current) open(wanted);
 });
-for (const event of ["beforeunload", "pagehide"]) // Safari on iOS has only the latter
-  addEventListener(event, () => {
-    for (const answer of answers.values()) {
-      answer.leave(event === "pagehide");
-      rememberLast(answer.conversation, answer.message);
-    }
-  });
+addEventListener("beforeunload", () => {
+  for (const answer of answers.values()) {
+    answer.expectLeaving();
+    rememberLast(answer.conversation, answer.message);
+  }
+});
+addEventListener("pagehide", () => {
+  for (const answer of answers.values()) {
+    rememberLast(answer.conversation, answer.message); // Safari on iOS has no "beforeunload"
+    answer.leave();
+  }
+  answers.clear(); // the browser may keep the page for its "back" button
+});
+addEventListener("pageshow", async ({ persisted }) => {
+  if (!persisted) return;
+  const saved = await storage.all().catch(() => []);
+  for (const id of new Set([...all.keys(), ...saved.map((conversation) => conversation.id)])) otherTab(id);
+});
 
 async function start() {
   const place = location.hash.slice(1);
@@ -439,7 +474,7 @@ async function start() {
   if (last && !current.messages.length) open(last);
   draw();
   await loading;
-  resumeAll();
+  for (const conversation of all.values()) takeUp(conversation);
 }
 
 start();

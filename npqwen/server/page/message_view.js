@@ -3,6 +3,7 @@
 import { speed } from "./answer.js";
 import { copy, element, icon, iconButton, isComposing, number, seconds } from "./dom.js";
 import { MarkdownView } from "./markdown_view.js";
+import { HAS_LOCKS } from "./storage.js";
 
 export const WRONG_KEY = "The server does not accept this API key.";
 const ENDINGS = {
@@ -136,9 +137,9 @@ class AnswerView extends MessageView {
     this.element.append(this.thinking, this.text.element, this.calls, this.status, this.error, this.footer);
   }
 
-  // answer: the running Answer, or null. waiting: seconds until it is retried, or null. showThinking: show reasoning
+  // answer: the running Answer, or null. elsewhere: another tab receives it. waiting: seconds until it is retried, or null. showThinking: show reasoning
   // while it streams. last: it is the last message.
-  update({ answer = null, waiting = null, showThinking = false, last = true } = {}) {
+  update({ answer = null, elsewhere = false, waiting = null, showThinking = false, last = true } = {}) {
     const { message } = this;
     const running = answer !== null;
     this.element.setAttribute("aria-busy", running);
@@ -147,9 +148,11 @@ class AnswerView extends MessageView {
     this.updateStatus(answer);
     this.updateCalls(running, last);
     const waits = waiting !== null;
-    if (this.changed(running, message.finish, message.error, waits, last, this.versionIds(), message.usage)) {
-      this.updateError(running, waits, last);
-      this.updateFooter(running, last);
+    const arrives = elsewhere && message.finish === null;
+    const state = [running, arrives, message.finish, message.error, waits, last, this.versionIds(), message.usage];
+    if (this.changed(...state)) {
+      this.updateError(running, arrives, waits, last);
+      this.updateFooter(running || arrives, last);
     }
     if (waits) this.countdown.textContent = `Trying again in ${waiting} s`;
     if (running) this.updateSpeed(answer);
@@ -212,11 +215,14 @@ class AnswerView extends MessageView {
       element("div", { class: "row" }, element("button", { class: "primary" }, "Send results")));
   }
 
-  updateError(running, waits, last) {
+  updateError(running, arrives, waits, last) {
     const { message } = this;
-    const { finish, error } = message;
+    const { finish, error, stream } = message;
     const wantsKey = this.actions.needsKey(message);
-    const text = wantsKey ? WRONG_KEY : error ?? (finish === null ? "This answer was interrupted." : ENDINGS[finish]);
+    const unfinished = arrives ? "This answer is arriving in another tab."
+      : stream && !HAS_LOCKS ? "This answer was interrupted, or is arriving in another tab."
+      : "This answer was interrupted.";
+    const text = wantsKey ? WRONG_KEY : error ?? (finish === null ? unfinished : ENDINGS[finish]);
     this.error.hidden = running || !text;
     if (this.error.hidden) return;
     this.error.classList.toggle("mild", !error);
@@ -230,7 +236,7 @@ class AnswerView extends MessageView {
         this.countdown,
         element("button", { type: "button", onclick: () => this.actions.wait(message) }, "Cancel"));
     const key = wantsKey ? keyForm((value) => this.actions.useKey(value, message)) : null;
-    this.error.replaceChildren(element("p", {}, text), ...(last ? [key ?? row] : []));
+    this.error.replaceChildren(element("p", {}, text), ...(last && !arrives ? [key ?? row] : []));
   }
 
   updateFooter(running, last) {

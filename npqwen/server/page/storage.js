@@ -34,10 +34,25 @@ export function takeLast() {
   return last;
 }
 
-// Runs work() while holding the lock of this name, shared by all tabs. Browsers have locks only on localhost and with
-// HTTPS; without them, work() runs at once.
-export function alone(name, work) {
-  return navigator.locks ? navigator.locks.request(`${NAME} ${name}`, work) : work();
+// Whether tabs can lock names. Browsers allow it only on localhost and with HTTPS.
+export const HAS_LOCKS = "locks" in navigator;
+
+// Runs work() while holding the lock of this name, shared by all tabs; calls held() first if another tab holds it.
+// Without locks, work() runs at once.
+export async function alone(name, work, held = () => {}) {
+  if (!HAS_LOCKS) return work();
+  const lockName = `${NAME} ${name}`;
+  try {
+    const worked = await navigator.locks.request(lockName, { ifAvailable: true }, async (lock) => {
+      if (lock) await work();
+      return lock !== null;
+    });
+    if (worked) return;
+    held();
+    await navigator.locks.request(lockName, work);
+  } catch (error) {
+    if (error.name !== "AbortError") throw error; // Safari takes the lock away when it closes the page
+  }
 }
 
 // All conversations of this browser, with notifications of changes by other tabs. Saving waits until the database is
@@ -75,8 +90,15 @@ export class Storage {
   }
 
   async delete(id) {
-    this.forgetTimer(id);
+    this.forget(id);
     await this.write(id, (store) => store.delete(id));
+  }
+
+  // Saves nothing more of a conversation that is deleted.
+  forget(id) {
+    this.forgetTimer(id);
+    const others = Object.entries(remembered("last", {})).filter(([, last]) => last.conversation !== id);
+    remember("last", Object.fromEntries(others));
   }
 
   forgetTimer(id) {
