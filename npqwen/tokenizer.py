@@ -111,7 +111,9 @@ class Tokenizer:
         except UnicodeEncodeError:
             raise OptionError("the text is not valid Unicode: it holds bytes that were not UTF-8") from None
         if _longest_blank(text) > _BLANK:
-            raise OptionError(f"the text cannot be tokenized: it has more than {_BLANK:,} blank characters in a row")
+            raise OptionError(
+                f"the text cannot be tokenized: it has more than {_BLANK:,} whitespace characters in a row"
+            )
         try:
             ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
         except BaseException as error:

@@ -311,7 +311,7 @@ def test_no_normalizer_and_a_sequence_of_nfc_are_accepted(tmp_path: Path, normal
 def test_a_run_of_blanks_at_which_the_library_panics_is_refused(
     tokenizer: Tokenizer, capfd: pytest.CaptureFixture[str], text: str
 ) -> None:
-    with pytest.raises(OptionError, match=r"^the text cannot be tokenized: it has more than 9,000,000 blank"):
+    with pytest.raises(OptionError, match=r"^the text cannot be tokenized: it has more than 9,000,000 whitespace"):
         tokenizer.encode(text)
     assert capfd.readouterr().err == ""
 

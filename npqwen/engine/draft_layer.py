@@ -114,9 +114,13 @@ class DraftLayer:
         wrong = out.ndim != 2 or len(out) != 1 or out.shape[1] % UNIT_ROWS
         if wrong or not out.flags.carray or out.dtype != np.float32:
             raise OptionError(f"out must be a writable float32 array (1, n), n a multiple of {UNIT_ROWS}")
-        lowest = out.shape[1] - UNIT_ROWS * groups.size
+        chosen = UNIT_ROWS * groups.size
+        lowest = out.shape[1] - chosen
         if not 0 < lowest <= rows:
-            raise OptionError(f"out has {out.shape[1]} columns for {groups.size} groups of {UNIT_ROWS} ids and others")
+            raise OptionError(
+                f"out has {out.shape[1]} columns; with {groups.size} groups of {UNIT_ROWS} ids it needs "
+                f"{chosen + UNIT_ROWS} to {chosen + rows}"
+            )
         last = np.array([tokens - 1], np.int64)
         return Output(last, False, out[:, :lowest], np.ascontiguousarray(groups), out[:, lowest:])
 

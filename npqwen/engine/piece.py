@@ -41,7 +41,7 @@ def check_pieces(pieces: Sequence[Piece], chunk: int, vocab_size: int) -> None:
         raise OptionError("two pieces of a pass have the same cache; each sequence needs its own, such as a fork")
     tokens = sum(piece.ids.size for piece in pieces)
     if not 0 < tokens <= chunk or not all(piece.ids.size for piece in pieces):
-        raise OptionError(f"a pass takes 1 to {chunk} tokens, and some of each sequence; these are {tokens}")
+        raise OptionError(f"a pass takes 1 to {chunk} tokens, at least one of each sequence; these are {tokens}")
     for ids, _, rows, _ in pieces:
         if ids.dtype != np.int64 or ids.ndim != 1 or not 0 <= ids.min() <= ids.max() < vocab_size:
             raise OptionError(f"a piece's ids must be int64, from 0 to {vocab_size - 1}")

@@ -175,8 +175,8 @@ class PrefixFiles:
         damaged, self._damaged = self._damaged, {}
         name, reason = next(iter(damaged.items()))
         if len(damaged) == 1:
-            return f"dropped a damaged file of the prefix cache: {self.directory / name}: {reason}"
-        return f"dropped {len(damaged)} damaged files of the prefix cache in {self.directory}; {name}: {reason}"
+            return f"removed a damaged file of the prefix cache: {self.directory / name}: {reason}"
+        return f"removed {len(damaged)} damaged files of the prefix cache in {self.directory}; {name}: {reason}"
 
     def _read(self, name: str, parent: bytes, depth: int) -> PrefixPage | None:
         if name in self._refused:
@@ -196,7 +196,7 @@ class PrefixFiles:
         header, ids = self._head(file)
         key = bytes.fromhex(header.metadata["key"])
         if name != _name(parent, ids, key_after(parent, ids)) or key != key_after(parent, ids):
-            raise _Damaged("its tokens are others than its name says")
+            raise _Damaged("its tokens do not match its name")
         page = self._new_page()
         part = page_part(page, len(ids), self._tile)
         whole = part if part.flags.c_contiguous else np.empty(part.shape, part.dtype)
@@ -225,7 +225,7 @@ class PrefixFiles:
             raise _Damaged(str(error)) from None
         metadata = header.metadata
         if metadata.get("format") != FORMAT:
-            raise _Damaged("it is something else")
+            raise _Damaged("it is not a page of a prefix")
         if metadata.get("format_version") != VERSION:
             raise _Damaged("it has another format version")
         stored, key = header.tensors.get("ids"), metadata.get("key", "")

@@ -125,7 +125,7 @@ class PrefixWriter:
     def _failed(self, error: OutputError) -> None:
         with self._lock:
             if not self._failing:
-                self._problem = f"the prefix cache cannot be extended at present: {error}"
+                self._problem = f"the prefix cache cannot be written for now: {error}"
             self._failing = True
             self._again = time.monotonic() + PAUSE
             self._waiting = {}

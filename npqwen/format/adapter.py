@@ -303,7 +303,10 @@ class StoredAdapter:
         if not is_number(alpha):
             raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}; it must be a number")
         if not abs(alpha) <= _LARGEST:
-            raise CheckpointError(f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}, which is impossible")
+            raise CheckpointError(
+                f"{self.directory / CONFIG} has a lora_alpha of {quoted(alpha)}; its magnitude must be at most "
+                f"{_LARGEST}"
+            )
         return self._strength * float(alpha) / (math.sqrt(rank) if self._config.get("use_rslora") else rank)
 
 

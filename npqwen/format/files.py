@@ -31,7 +31,7 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         descriptor = os.open(path, flags)
     except ValueError:  # a NUL in the name
-        raise OSError(errno.EINVAL, "its name is impossible") from None
+        raise OSError(errno.EINVAL, "its name is not a valid file name") from None
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "it is not a regular file")

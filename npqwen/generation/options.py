@@ -1,8 +1,8 @@
 """Every generation option, defined once: type, range, default, help, and where users can set it.
 
 Signatures (`**options: Unpack[GenerationOptions]`), checks, command-line flags, the terminal's `/set` and the fields
-of `Sampling` follow these definitions. To add an option, add an entry to `GenerationOptions` and use its value, in
-`npqwen.generation.stream` or, for one that shapes the distribution, as a field of `Sampling`.
+of `Sampling` follow these definitions. To add an option, add an entry to `GenerationOptions` and use its value in
+`npqwen.generation.decoding` or, if it shapes the distribution, as a field of `Sampling`.
 """
 
 import math

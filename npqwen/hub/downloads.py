@@ -32,7 +32,8 @@ class Download:
 def downloads() -> list[Download]:
     """The downloaded checkpoints of supported families, and converted models, by name.
 
-    None if huggingface_hub cannot read its cache, as when a part of it is another user's: `damaged_downloads` tells.
+    Empty if huggingface_hub cannot read its cache, for example because part of it belongs to another user:
+    `damaged_downloads` says why.
     """
     from huggingface_hub import constants, scan_cache_dir
     from huggingface_hub.utils import CacheNotFound  # type: ignore[attr-defined]

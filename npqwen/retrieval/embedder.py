@@ -88,7 +88,7 @@ class Embedder:
         cut = states[:, :dimensions].astype(np.float64)
         norms = np.linalg.norm(cut, axis=1, keepdims=True)
         if not np.isfinite(norms).all() or not norms.all():
-            raise FormatError("the model computed an impossible vector, a sign of damaged weights; convert it again")
+            raise FormatError("the model computed a vector that is 0 or not finite: damaged weights; convert it again")
         vectors: NDArray[np.float32] = (cut / norms).astype(np.float32)
         return vectors
 

@@ -94,5 +94,5 @@ class Reranker:
         """The scores, from 0 to 1, of states (prompts, hidden_size)."""
         logits = states.astype(np.float64) @ self._direction
         if not np.isfinite(logits).all():
-            raise FormatError("the model computed an impossible score, a sign of damaged weights; convert it again")
+            raise FormatError("the model computed a score that is not finite: damaged weights; convert it again")
         return np.asarray(np.exp(-np.logaddexp(0, -logits)))  # exact for the least scores, too: they are ranked

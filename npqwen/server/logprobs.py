@@ -8,7 +8,7 @@ from typing import Any
 from npqwen.generation.completion import Logprob, TokenLogprobs
 
 TOP_LOGPROBS = 20
-"""How many of the likeliest tokens at each position a request may ask for, as in OpenAI's own service and in ollama."""
+"""How many of the likeliest tokens at each position a request may have, as in OpenAI's own service and in ollama."""
 
 _LEAST = -9999.0
 

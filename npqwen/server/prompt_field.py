@@ -7,7 +7,7 @@ from typing import Any
 from npqwen.server.fields import FieldError, Fields
 
 MAX_TEXTS = 2048
-"""The most texts whose vectors one request may ask for, as in OpenAI's own service."""
+"""The most texts that one request may embed, as in OpenAI's own service."""
 
 
 def prompts(fields: Fields, name: str, most: int) -> list[str] | list[list[int]]:

@@ -128,7 +128,9 @@ class GgufTensor(SourceTensor):
     def check(self, name: str) -> None:
         """Raise CheckpointError for a vector in a block format: ggml has none."""
         if len(self.shape) == 1 and self.kind.weights > 1:
-            raise CheckpointError(f"{self.path}: the vector {name} is stored as {self.kind.name}, which is impossible")
+            raise CheckpointError(
+                f"{self.path}: the vector {name} is stored as {self.kind.name}, a format for matrices"
+            )
 
     def read(self, first: int, count: int) -> npt.NDArray[Any]:
         """See SourceTensor."""

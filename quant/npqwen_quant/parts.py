@@ -57,7 +57,7 @@ class Module:
         if tensor.stored.dtype not in dtypes:
             raise self.error(kind, f"is stored as {shortened(tensor.stored.dtype)}, which this format does not have")
         if len(tensor.shape) not in dimensions or 0 in tensor.shape:
-            raise self.error(kind, f"has the impossible shape {list(tensor.shape)}")
+            raise self.error(kind, f"has the shape {list(tensor.shape)}, which this format does not have")
         return tensor
 
     def check_shape(self, kind: str, expected: tuple[int, ...]) -> None:

@@ -262,7 +262,7 @@ def test_a_thousand_damaged_files_give_no_wrong_token(tmp_path: Path) -> None:
             noticed += 1
             assert not (tmp_path / victim).exists()
             assert victim in lines[0]
-            assert lines[0].startswith("dropped a damaged file of the prefix cache")
+            assert lines[0].startswith("removed a damaged file of the prefix cache")
         assert lines or not changed or lengths != [len(TEXT) - 1, len(other) - 1]
         pool.close()
         (tmp_path / victim).write_bytes(before)
@@ -277,7 +277,7 @@ def test_a_damaged_file_is_told_once_and_written_again(tmp_path: Path) -> None:
             file.write(b"\xff")
     for page in range(3):  # a run finds the first damaged one, computes the rest and writes it
         pool = opened(tmp_path)
-        with one_warning("dropped a damaged file of the prefix cache: .*: its checksum is wrong"):
+        with one_warning("removed a damaged file of the prefix cache: .*: its checksum is wrong"):
             assert found(pool, TEXT) == page * PAGE
         assert found(pool, TEXT) == page * PAGE  # without another warning
         pool.keep(TEXT, computed(TEXT))
@@ -290,7 +290,7 @@ def test_several_damaged_files_are_one_line(tmp_path: Path) -> None:
     store(tmp_path, *first)
     for name in names(tmp_path):
         (tmp_path / name).write_bytes(b"")
-    with one_warning("dropped 4 damaged files of the prefix cache in "):
+    with one_warning("removed 4 damaged files of the prefix cache in "):
         assert found(opened(tmp_path), TEXT) == 0
     assert names(tmp_path) == []
 
@@ -331,7 +331,7 @@ def test_a_full_disk_is_told_once_and_tried_again_later(tmp_path: Path, monkeypa
         pool.fetch(text(9, 100))
         clock[0] += 2 * prefix_writer.PAUSE if seed == 1 else 1
     assert len(lines) == 1
-    assert "the prefix cache cannot be extended at present: " in lines[0]
+    assert "the prefix cache cannot be written for now: " in lines[0]
     assert "no room is left on the disk" in lines[0]
     assert names(tmp_path) == []
     full[0] = False

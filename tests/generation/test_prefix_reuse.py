@@ -242,7 +242,7 @@ def test_a_disk_that_takes_no_page_is_one_warning_and_the_answers_are_unharmed(
     ids, warned = done.stdout.splitlines()
     expected = [plain.generate(WORDS * k, max_tokens=20, temperature=0).ids for k in (20, 20, 30)]
     assert ids == str(expected)
-    assert warned.count("the prefix cache cannot be extended at present: ") == 1
+    assert warned.count("the prefix cache cannot be written for now: ") == 1
     assert warned.count("', '") == 0
     assert os.listdir(tmp_path / "cache") == []
 
@@ -264,7 +264,7 @@ def test_commands_find_what_earlier_ones_computed(
         file.write_bytes(b"damaged")
     repaired, told = run(*command)
     assert repaired == first
-    assert "dropped a damaged file of the prefix cache: " in told
+    assert "removed a damaged file of the prefix cache: " in told
     question = [WORDS * 20, "--prefix-cache", place, "--prefix-cache-size", "1GB", "--max-tokens", 4, "--seed", 1]
     answers = []
     for _ in range(2):

@@ -308,7 +308,7 @@ TENSORS: dict[str, tuple[Callable[[Tensors], object], str]] = {
     ),
     "a vector in blocks": (
         lambda t: t.update({"output_norm.weight": ("Q8_0", (256,), bytes(8 * 34))}),
-        "the vector model.norm.weight is stored as Q8_0, which is impossible",
+        "the vector model.norm.weight is stored as Q8_0, a format for matrices",
     ),
     "a transposed matrix": (
         lambda t: t.update({"blk.0.attn_k.weight": ("F32", (256, 64), bytes(65536))}),

@@ -150,8 +150,8 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     ),
     "gptq: nan": ("gptq", part(f"{PROJ}.scales", lambda s: s * np.float16(np.nan)), "holds NaN or infinity"),
     "gptq: infinity": ("gptq", part(f"{PROJ}.scales", lambda s: s + np.float16(np.inf)), "holds NaN or infinity"),
-    "gptq: empty": ("gptq", part(f"{PROJ}.scales", lambda s: s[:0]), r"scales has the impossible shape \[0, 64\]"),
-    "gptq: a vector": ("gptq", part(f"{PROJ}.qweight", np.ravel), r"qweight has the impossible shape \[512\]"),
+    "gptq: empty": ("gptq", part(f"{PROJ}.scales", lambda s: s[:0]), r"scales has the shape \[0, 64\]"),
+    "gptq: a vector": ("gptq", part(f"{PROJ}.qweight", np.ravel), r"qweight has the shape \[512\]"),
     "gptq: another matrix": (
         "gptq",
         lambda config, stored: stored.update(
