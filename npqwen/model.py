@@ -19,10 +19,10 @@ from npqwen.errors import NpqwenError, OptionError, quoted
 from npqwen.format.task import Task, check_task
 from npqwen.generation import generate as text
 from npqwen.generation.completion import Completion
-from npqwen.generation.draft_layer import LayerStatistics
-from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generation_config import GenerationConfig
+from npqwen.generation.layer_drafter import LayerStatistics
+from npqwen.generation.model_drafter import DraftModel
 from npqwen.generation.option import with_options
 from npqwen.generation.options import OPTIONS
 from npqwen.generation.sampler import Sampler

@@ -37,9 +37,9 @@ if TYPE_CHECKING:
 
 Batch = dict[str, Any]
 
-ONGOING = 32
+MAX_ONGOING_REQUESTS = 32
 """Requests that a replica takes at a time: twice as many as it computes at once, so that its passes are always full."""
-_KNOWN = 100_000
+_MAX_PREFIXES = 100_000
 """The most prompt prefixes for which a router remembers the replica."""
 _STEP = 1024
 """Raw prompts are compared in steps of this many characters."""
@@ -141,14 +141,14 @@ def application(
     *,
     replicas: int | tuple[int, int] = 1,
     cpus: int = 1,
-    ongoing: int = ONGOING,
+    max_ongoing_requests: int = MAX_ONGOING_REQUESTS,
     load_options: Mapping[str, Any] | None = None,
     **settings: Any,
 ) -> Application:
     """A Ray Serve application with all endpoints of `npqwen serve`, for `serve.run`.
 
     replicas: how many, each with `cpus` threads; two numbers: the least and the most, scaled by load. A request goes to
-    the replica that has computed the longest prefix of its prompt, unless that one already has `ongoing` requests;
+    the replica that has computed the longest prefix of its prompt, unless that one already has `max_ongoing_requests`;
     otherwise to the one with the fewest. load_options: of `npqwen.load`. settings: of `npqwen.server.app`.
     """
     scaling: dict[str, Any] = (
@@ -160,8 +160,8 @@ def application(
         _Replica,
         name="npqwen",
         ray_actor_options={"num_cpus": cpus},
-        max_ongoing_requests=ongoing,
-        request_router_config=RequestRouterConfig(request_router_class=BeginningsRouter),
+        max_ongoing_requests=max_ongoing_requests,
+        request_router_config=RequestRouterConfig(request_router_class=PrefixRouter),
         **scaling,
     ).bind(os.fspath(model), dict(load_options or {}), settings)
     front = serve.deployment(
@@ -183,8 +183,8 @@ class _Replica:
         self._model = npqwen.load(model, threads=assigned_cpus(), **load_options)
         self._app = app(self._model, **({"hosts": ("*",)} | settings))
 
-    async def answer(self, beginnings: list[str], scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
-        """The application's ASGI messages. beginnings: for the router."""
+    async def answer(self, digests: list[str], scope: dict[str, Any], body: bytes) -> AsyncIterator[dict[str, Any]]:
+        """The application's ASGI messages. digests: for the router."""
         messages: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
         request = [{"type": "http.request", "body": body, "more_body": False}]
 
@@ -234,7 +234,7 @@ class _Front:
         kept = ("type", "asgi", "http_version", "method", "scheme", "path", "raw_path", "query_string", "headers")
         plain = {name: scope[name] for name in kept if name in scope} | {"root_path": "", "client": ("127.0.0.1", 0)}
         plain["server"] = ("127.0.0.1", 80)
-        messages = self._served.answer.remote(beginnings_of(body), plain, body)
+        messages = self._served.answer.remote(prefix_digests(body), plain, body)
 
         async def watch() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -254,7 +254,7 @@ class _Front:
                 await watching
 
 
-def beginnings_of(body: bytes) -> list[str]:
+def prefix_digests(body: bytes) -> list[str]:
     """Digests of the prefixes of a request's prompt, the longest last: after each message, or every 1,024 characters.
 
     Empty if the body has no prompt.
@@ -274,14 +274,14 @@ def beginnings_of(body: bytes) -> list[str]:
     else:
         return []
     digest = hashlib.sha256(json.dumps(parts).encode())
-    beginnings = []
+    digests = []
     for step in steps:
         digest.update(json.dumps(step).encode())
-        beginnings.append(digest.hexdigest()[:24])
-    return beginnings
+        digests.append(digest.hexdigest()[:24])
+    return digests
 
 
-class BeginningsRouter(RequestRouter):  # type: ignore[misc]
+class PrefixRouter(RequestRouter):  # type: ignore[misc]
     """Routes a request to the replica that has computed the longest prefix of its prompt."""
 
     def initialize_state(self, **options: Any) -> None:
@@ -298,20 +298,20 @@ class BeginningsRouter(RequestRouter):  # type: ignore[misc]
             return queues.get(replica.replica_id) or 0
 
         rest = sorted(candidate_replicas, key=length)
-        for beginning in reversed(_beginnings(pending_request)):
+        for digest in reversed(_digests(pending_request)):
             for replica in rest:
-                if replica.replica_id == self._holders.get(beginning):
+                if replica.replica_id == self._holders.get(digest):
                     return [[replica], *([other] for other in rest if other is not replica)]
         return [[replica] for replica in rest]
 
     def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
         """Called by Ray, with the replica that took a request."""
-        for beginning in _beginnings(pending_request):
-            self._holders[beginning] = replica_id
-            self._holders.move_to_end(beginning)
-        while len(self._holders) > _KNOWN:
+        for digest in _digests(pending_request):
+            self._holders[digest] = replica_id
+            self._holders.move_to_end(digest)
+        while len(self._holders) > _MAX_PREFIXES:
             self._holders.popitem(last=False)
 
 
-def _beginnings(request: PendingRequest | None) -> list[str]:
+def _digests(request: PendingRequest | None) -> list[str]:
     return [] if request is None or not request.args or not isinstance(request.args[0], list) else request.args[0]

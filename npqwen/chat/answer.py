@@ -7,7 +7,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Protocol
 
-from npqwen.chat.events import CallArguments, CallStart, ChatFinishReason, Piece, Reasoning, Reply, Text, UnfinishedCall
+from npqwen.chat.events import (
+    AnswerEvent,
+    CallArguments,
+    CallStart,
+    ChatFinishReason,
+    Reasoning,
+    Reply,
+    Text,
+    UnfinishedCall,
+)
 from npqwen.chat.messages import Message
 from npqwen.chat.reply_parser import ReplyParser
 from npqwen.chat.text_stop import TextStop
@@ -122,11 +131,11 @@ class Answer:
         reason = "stop" if self.stopped else self._decoding.finish_reason
         return "tool_calls" if reason == "stop" and self.calls else reason
 
-    def push(self, piece: str) -> list[Piece]:
+    def push(self, piece: str) -> list[AnswerEvent]:
         """The events that are certain once `piece` has been appended to the text. May set `stopped`."""
         return self._record(self._stop.push(self._parser.push(piece)))
 
-    def finish(self) -> list[Piece]:
+    def finish(self) -> list[AnswerEvent]:
         """The events that were held back until the end of the text. The decoding must be finished, or `stopped` set.
 
         A call without its closing tag is parsed only if the model itself ended the text, not a limit or a stop string.
@@ -174,9 +183,9 @@ class Answer:
             reasoning_tokens=self._decoding.thinking.length,
         )
 
-    def _record(self, pieces: Iterable[Piece]) -> list[Piece]:
+    def _record(self, pieces: Iterable[AnswerEvent]) -> list[AnswerEvent]:
         """Add pieces to the answer, up to its only call if `one_call`, and return them; calls get their ids."""
-        recorded: list[Piece] = []
+        recorded: list[AnswerEvent] = []
         for piece in pieces:
             if isinstance(piece, Text):
                 self._text.append(piece.text)

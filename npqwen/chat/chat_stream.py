@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from npqwen.chat.begun_answer import BegunAnswer
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.chat_options import ChatOptions, ChatSettings
-from npqwen.chat.events import ChatFinishReason, Event, Finish, Notice, Piece, Reply
+from npqwen.chat.events import AnswerEvent, ChatFinishReason, Event, Finish, Notice, Reply
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.prepared_answer import GREEDY, Prompts, prepare
 from npqwen.checks import check_whole
@@ -195,7 +195,7 @@ class ChatStream(AsyncSteps[Event]):
             self._notices.append(self._pending_notices.pop(0))
             yield Notice(self._notices[-1])
 
-    def _write(self) -> Iterator[Piece]:
+    def _write(self) -> Iterator[AnswerEvent]:
         """Yield the events of the current step, then append it to `messages`."""
         if self._cancelled:
             return

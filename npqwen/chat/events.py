@@ -127,5 +127,5 @@ class Finish:
     reply: Reply
 
 
-Piece = Reasoning | Text | CallStart | CallArguments | ToolCall | UnfinishedCall
-Event = Piece | ToolResult | Notice | Finish
+AnswerEvent = Reasoning | Text | CallStart | CallArguments | ToolCall | UnfinishedCall
+Event = AnswerEvent | ToolResult | Notice | Finish

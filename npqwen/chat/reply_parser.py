@@ -9,7 +9,7 @@ import json
 import re
 from typing import Literal
 
-from npqwen.chat.events import CallArguments, CallStart, Piece, Reasoning, Text, UnfinishedCall
+from npqwen.chat.events import AnswerEvent, CallArguments, CallStart, Reasoning, Text, UnfinishedCall
 from npqwen.generation.thinking import CLOSE as END_THINK
 from npqwen.generation.thinking import OPEN as THINK
 from npqwen.tools.calls import CLOSE, OPEN, is_inside_value, read_calls
@@ -73,15 +73,15 @@ class ReplyParser:
         self._given_up = False
         """Whether a block was abandoned before its end: tags that follow may be part of it, so they open no call."""
         self._reasoning, self._answer = _BlankTrimmer(), _BlankTrimmer()
-        self._pieces: list[Piece] = []
+        self._pieces: list[AnswerEvent] = []
 
-    def push(self, text: str) -> list[Piece]:
+    def push(self, text: str) -> list[AnswerEvent]:
         """The events that are certain once `text` has been appended."""
         self._rest += text
         self._run(final=False, complete=True)
         return self._take_pieces()
 
-    def finish(self, complete: bool = True) -> list[Piece]:
+    def finish(self, complete: bool = True) -> list[AnswerEvent]:
         """The events that were held back, at the end of the text.
 
         complete: the model ended the text itself. If it was cut off (max_tokens), an unfinished call is text, or an
@@ -96,7 +96,7 @@ class ReplyParser:
         while self._read_call(final, complete) if self._state == "call" else self._read_plain(final):
             pass
 
-    def _take_pieces(self) -> list[Piece]:
+    def _take_pieces(self) -> list[AnswerEvent]:
         pieces, self._pieces = self._pieces, []
         return pieces
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from npqwen.chat.events import Piece, Text
+from npqwen.chat.events import AnswerEvent, Text
 from npqwen.generation.stop_strings import StopStrings
 
 
@@ -22,7 +22,7 @@ class TextStop:
         """The string that ended the text, if one did."""
         return self._stop.found
 
-    def push(self, pieces: Iterable[Piece]) -> Iterator[Piece]:
+    def push(self, pieces: Iterable[AnswerEvent]) -> Iterator[AnswerEvent]:
         """The pieces that are certain to precede any stop string, once `pieces` have been appended."""
         for piece in pieces:
             if isinstance(piece, Text):
@@ -33,7 +33,7 @@ class TextStop:
             if self.found is not None:
                 return
 
-    def finish(self) -> Iterator[Piece]:
+    def finish(self) -> Iterator[AnswerEvent]:
         """The text that was held back, at the end of the answer."""
         yield from _text(self._stop.finish(""))
 

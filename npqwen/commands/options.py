@@ -19,7 +19,7 @@ from npqwen.terminal.terminal import Terminal
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 
-PATIENCE = 1.0
+STDIN_NOTICE_SECONDS = 1.0
 """Seconds without input on stdin after which a notice says that stdin is being read."""
 
 
@@ -178,10 +178,10 @@ def check_numba() -> None:
 def stdin_text(terminal: Terminal, waiting: str) -> str:
     """All of stdin decoded as UTF-8, with "\\n" as line ending and without the last one.
 
-    waiting: the notice if no input arrives for PATIENCE seconds, for users who do not know that stdin is read.
+    waiting: the notice if no input arrives for STDIN_NOTICE_SECONDS, for users who do not know that stdin is read.
     Raises OptionError for invalid UTF-8.
     """
-    notice = threading.Timer(PATIENCE, terminal.notice, (waiting,))
+    notice = threading.Timer(STDIN_NOTICE_SECONDS, terminal.notice, (waiting,))
     notice.daemon = True
     notice.start()
     try:

@@ -151,7 +151,7 @@ def serve(
             listener,
             tls,
             announce=lambda: _announce(terminal, served.names, listener, settings, tls is not None),
-            tell=terminal.notice,
+            notice=terminal.notice,
         )
 
 

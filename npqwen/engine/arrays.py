@@ -12,7 +12,7 @@ from npqwen.format.encodings import UNIT_ROWS
 from npqwen.hardware.machine import HEADROOM, available_memory
 
 
-def checked_ids(ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
+def ids_array(ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
     """The ids as an int64 array; OptionError unless all are in the vocabulary."""
     try:
         tokens = np.atleast_1d(ids)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from npqwen.engine.arrays import checked_ids
+from npqwen.engine.arrays import ids_array
 from npqwen.engine.draft_input import draft_input
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.piece import Piece
@@ -27,13 +27,13 @@ class DraftLayer:
     """One more attention layer, with the model's embedding and output matrix."""
 
     def __init__(
-        self, runner: Runner, context: int, kv: CacheType, chunk: int, reclaim: Callable[[], bool]
+        self, runner: Runner, context: int, kv: CacheType, chunk: int, evict: Callable[[], bool]
     ) -> None:
-        """context, kv, reclaim: of its caches, see `KVCache`. chunk: the most tokens that it runs at once."""
+        """context, kv, evict: of its caches, see `KVCache`. chunk: the most tokens that it runs at once."""
         self._runner, self._chunk = runner, chunk
         self._model = runner.weights.model
         self._origin = object()
-        self._cache_options = context, kv, self._origin, reclaim
+        self._cache_options = context, kv, self._origin, evict
 
     def compile(self) -> None:
         """Load or compile its own kernel, and take over the addresses of the model's, which must be compiled."""
@@ -86,7 +86,7 @@ class DraftLayer:
         """
         runner = self._runner
         weights, hidden_size = runner.weights, runner.config.hidden_size
-        tokens = checked_ids(ids, runner.config.vocab_size)
+        tokens = ids_array(ids, runner.config.vocab_size)
         if cache.origin is not self._origin:
             raise OptionError("the cache belongs to another model; make one with this draft layer's new_cache()")
         if tokens.size > self._chunk or states.shape != (tokens.size, hidden_size) or states.dtype != np.float32:

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from npqwen.checks import check_path, check_progress, check_whole
 from npqwen.engine.adapters import Adapters, check_adapters
-from npqwen.engine.arrays import checked_ids, logits_array, results_array
+from npqwen.engine.arrays import ids_array, logits_array, results_array
 from npqwen.engine.budget import Budget
 from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
@@ -112,8 +112,8 @@ class Engine:
             self._prefixes.open(files, self._runner.is_busy)
         self._draft_layer: DraftLayer | None = None
         if len(weights.draft):
-            reclaim = self.prefixes.drop_oldest
-            self._draft_layer = DraftLayer(self._runner, self.context, self.kv, self.chunk, reclaim)
+            evict = self.prefixes.evict_oldest
+            self._draft_layer = DraftLayer(self._runner, self.context, self.kv, self.chunk, evict)
         with reporting(on_compile):
             self._compile()
 
@@ -193,17 +193,17 @@ class Engine:
         other._runner = self._runner.with_weights(weights)
         return other
 
-    def new_cache(self, room: int | None = None, adapter: str | None = None) -> KVCache:
-        """An empty cache for one sequence of up to `room` tokens (default: the context).
+    def new_cache(self, capacity: int | None = None, adapter: str | None = None) -> KVCache:
+        """An empty cache for one sequence of up to `capacity` tokens (default: the context).
 
         adapter: the name of one of `adapters`, with which all its tokens are run. Raises OptionError for an unknown
-        name, ContextLengthError for more room than the context.
+        name, ContextLengthError for more than the context.
         """
-        limit = self.context if room is None else check_whole("room", room, 1)
+        limit = self.context if capacity is None else check_whole("capacity", capacity, 1)
         if limit > self.context:
             raise ContextLengthError(f"a cache for {limit} tokens exceeds the model's context of {self.context}")
         chosen = None if adapter is None else self.adapters.find(adapter)
-        return KVCache(self.config, limit, self.kv, self._origin, self.prefixes.drop_oldest, chosen)
+        return KVCache(self.config, limit, self.kv, self._origin, self.prefixes.evict_oldest, chosen)
 
     def forward(
         self, ids: ArrayLike, cache: KVCache, *, all_logits: bool = False, out: NDArray[np.float32] | None = None
@@ -218,7 +218,7 @@ class Engine:
         Raises before computing: ContextLengthError and OutOfMemoryError; OptionError for ids outside the vocabulary,
         for another model's cache and for an `out` of the wrong shape or dtype.
         """
-        tokens = checked_ids(ids, self.config.vocab_size)
+        tokens = ids_array(ids, self.config.vocab_size)
         return self._run(tokens, cache, tokens.size if all_logits else 1, out)
 
     def prefill(
@@ -229,7 +229,7 @@ class Engine:
         progress(done, total) is called after every chunk. Raises what `forward` raises.
         """
         check_progress(progress)
-        last: NDArray[np.float32] = self._run(checked_ids(ids, self.config.vocab_size), cache, 1, progress=progress)[0]
+        last: NDArray[np.float32] = self._run(ids_array(ids, self.config.vocab_size), cache, 1, progress=progress)[0]
         return last
 
     def logits(self, ids: ArrayLike, *, adapter: str | None = None) -> NDArray[np.float32]:
@@ -237,7 +237,7 @@ class Engine:
 
         Raises what `forward` and `new_cache` raise.
         """
-        tokens = checked_ids(ids, self.config.vocab_size)
+        tokens = ids_array(ids, self.config.vocab_size)
         return self.forward(tokens, self.new_cache(min(tokens.size, self.context), adapter), all_logits=True)
 
     def hidden(
@@ -252,7 +252,7 @@ class Engine:
 
         Raises OptionError for a layer out of range, and what `forward` and `new_cache` raise.
         """
-        tokens = checked_ids(ids, self.config.vocab_size)
+        tokens = ids_array(ids, self.config.vocab_size)
         count = self.config.num_hidden_layers
         several = layers if isinstance(layers, Sequence | np.ndarray) else None
         indices = [layers] if several is None else several

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from npqwen.checks import check_whole
 from npqwen.engine.cache_type import PAGE_DTYPES, CacheType
 from npqwen.engine.hidden_tail import HiddenTail
-from npqwen.engine.prefix_page import SHARED
-from npqwen.engine.recurrent_states import Recurrent, RecurrentStates, State
+from npqwen.engine.prefix_page import MIN_PREFIX
+from npqwen.engine.recurrent_states import RecurrentShape, RecurrentStates, State
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
@@ -84,19 +84,19 @@ class KVCache:
         limit: int,
         kv: CacheType,
         origin: object = None,
-        reclaim: Callable[[], bool] | None = None,
+        evict: Callable[[], bool] | None = None,
         adapter: Adapter | None = None,
     ) -> None:
         """limit: maximum tokens. kv: the element type. origin: identifies the engine that cache and forks belong to.
         adapter: the LoRA adapter that all its tokens are run with.
 
-        reclaim: called when there is not enough memory for a page or a state. It evicts something from the pool of
+        evict: called when there is not enough memory for a page or a state. It evicts something from the pool of
         prefixes, and returns False if the pool is empty.
         """
         self.origin = origin
         self.adapter = adapter
         """The LoRA adapter that its keys and values are computed with; forks have the same one."""
-        self._reclaim = reclaim
+        self._evict = evict
         self.length = 0
         """Tokens in the cache."""
         self.limit = limit
@@ -104,7 +104,7 @@ class KVCache:
         self.in_use = _OneThread()
         """Held while the cache is read or changed."""
         layers, heads, head_dim = keys_and_values(config)
-        shape = Recurrent.of(config)
+        shape = RecurrentShape.of(config)
         self.recurrent = None if shape is None else RecurrentStates(shape)
         self.kv = kv
         """The element type."""
@@ -228,10 +228,10 @@ class KVCache:
     def mark(self, positions: Iterable[int]) -> None:
         """Request checkpoints at these positions, at which other texts may branch off: `span` ends passes there.
 
-        A position among a page's first SHARED tokens moves back to the page's start: no shorter page is ever shared.
+        A position among a page's first MIN_PREFIX tokens moves back to the page's start: no shorter page is shared.
         """
         if self.recurrent is not None:
-            self.recurrent.marks = sorted({at - at % PAGE if at % PAGE < SHARED else at for at in positions})
+            self.recurrent.marks = sorted({at - at % PAGE if at % PAGE < MIN_PREFIX else at for at in positions})
 
     def span(self, tokens: int) -> int:
         """How many of the next `tokens` tokens one pass may run: at least 1, if there are any."""
@@ -374,7 +374,7 @@ class KVCache:
         try:
             available = available_memory()
             while available is not None and needed > available - HEADROOM:
-                if not (self._reclaim is not None and self._reclaim()) and not recurrent.drop_checkpoint():
+                if not (self._evict is not None and self._evict()) and not recurrent.drop_checkpoint():
                     break
                 available = available_memory()
             else:
@@ -396,7 +396,7 @@ class KVCache:
     def _check_memory(self, pages: int, need: int) -> None:
         available = available_memory()
         while available is not None and pages * self.page_bytes > available - HEADROOM:
-            if self._reclaim is None or not self._reclaim():
+            if self._evict is None or not self._evict():
                 raise self._too_large(pages, need, available)
             available = available_memory()
 

@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 
 from npqwen.atomic_file import new_file, remove_abandoned, writing
 from npqwen.engine.kv_cache import KVCache, page_part
-from npqwen.engine.prefix_page import SHARED, Ids, PrefixPage, common_prefix, key_after, root_key
+from npqwen.engine.prefix_page import MIN_PREFIX, Ids, PrefixPage, common_prefix, key_after, root_key
 from npqwen.engine.snapshot import fill, page_dtype
 from npqwen.errors import OptionError, OutputError, size
 from npqwen.format.files import open_regular
@@ -114,7 +114,7 @@ class PrefixFiles:
     def read_longest(self, parent: bytes, ids: Ids, depth: int, least: int) -> PrefixPage | None:
         """The page after the tokens with the key `parent` that has the longest common prefix with `ids`.
 
-        None if that is shorter than `least` or SHARED tokens. Raises OutOfMemoryError if memory is too short.
+        None if that is shorter than `least` or MIN_PREFIX tokens. Raises OutOfMemoryError if memory is too short.
         """
         start = _start(parent, ids)
         try:
@@ -123,7 +123,7 @@ class PrefixFiles:
             return None
         lengths = {name: common_prefix(self._ids(name), ids) for name in names}
         for name in sorted(lengths, key=lambda name: -lengths[name]):
-            if lengths[name] < max(least, SHARED):
+            if lengths[name] < max(least, MIN_PREFIX):
                 return None
             page = self._read(name, parent, depth)
             if page is not None:
@@ -229,7 +229,7 @@ class PrefixFiles:
         if metadata.get("format_version") != VERSION:
             raise _Damaged("it has another format version")
         stored, key = header.tensors.get("ids"), metadata.get("key", "")
-        if stored is None or len(stored.shape) != 1 or not SHARED <= stored.shape[0] <= PAGE:
+        if stored is None or len(stored.shape) != 1 or not MIN_PREFIX <= stored.shape[0] <= PAGE:
             raise _Damaged("its header is damaged")
         if not re.fullmatch(r"[0-9a-f]{32}", key) or not _CHECKSUM.fullmatch(metadata.get("checksum", "")):
             raise _Damaged("its header is damaged")
@@ -329,9 +329,9 @@ class PrefixFiles:
 
 
 def _start(parent: bytes, ids: Ids) -> str:
-    """The common prefix of the file names of all pages after the same tokens whose first SHARED ids are those of `ids`.
-    """
-    first = hashlib.blake2b(ids[:SHARED].astype("<i4").tobytes(), digest_size=4)
+    """The common prefix of the file names of all pages after the same tokens whose first MIN_PREFIX ids equal those of
+    `ids`."""
+    first = hashlib.blake2b(ids[:MIN_PREFIX].astype("<i4").tobytes(), digest_size=4)
     return f"{parent.hex()}-{first.hexdigest()}-"
 
 

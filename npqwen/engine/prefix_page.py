@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from npqwen.kernels.cache_page import PAGE
 
-SHARED = 16
+MIN_PREFIX = 16
 """Fewest tokens of a common prefix worth reusing, or waiting for while another text computes them. Computing
 fewer takes little time."""
 _KEY_BYTES = 16
@@ -71,13 +71,13 @@ class PrefixPage:
 
     @property
     def branch(self) -> tuple[bytes, bytes]:
-        """Equal for pages after the same tokens that have their first SHARED tokens in common."""
+        """Equal for pages after the same tokens that have their first MIN_PREFIX tokens in common."""
         return branch_of(self.parent, self.ids)
 
 
 def branch_of(parent: bytes, ids: Ids) -> tuple[bytes, bytes]:
     """See `PrefixPage.branch`."""
-    return parent, ids[:SHARED].tobytes()
+    return parent, ids[:MIN_PREFIX].tobytes()
 
 
 def common_prefix(a: Sequence[int] | Ids, b: Sequence[int] | Ids) -> int:

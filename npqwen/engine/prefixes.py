@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.prefix_page import SHARED, Ids, PrefixPage, branch_of, common_prefix, key_after, root_key
+from npqwen.engine.prefix_page import MIN_PREFIX, Ids, PrefixPage, branch_of, common_prefix, key_after, root_key
 from npqwen.engine.prefix_writer import PrefixWriter
 from npqwen.engine.recurrent_states import State
 from npqwen.errors import OutOfMemoryError, PrefixCacheWarning, user_stacklevel
@@ -45,7 +45,7 @@ class Prefix(NamedTuple):
     length: int
     """Tokens."""
 
-    def give(self, cache: KVCache) -> int:
+    def load_into(self, cache: KVCache) -> int:
         """Replace a cache's tokens by the prefix; returns how many tokens the cache then holds."""
         return cache.adopt([page.array for page in self.pages], self.length, self.states())
 
@@ -135,28 +135,28 @@ class Prefixes:
         """The longest prefix of `ids` with this adapter in memory and in files, whose pages are read into memory."""
         root = self._root_of(adapter)
         found = self._find(ids, root)
-        if self._files is not None and self._limit and len(ids) - found.length >= SHARED:
+        if self._files is not None and self._limit and len(ids) - found.length >= MIN_PREFIX:
             try:
                 found = self._read(self._files, ids, found, root)
             finally:
-                self._tell()
+                self._report()
         return found.up_to_state() if self._recurrent else found
 
     def extend(self, ids: Ids, cache: KVCache) -> int:
         """Extend a cache that holds a proper prefix of `ids` to the longest known prefix.
 
-        Returns how many tokens it then holds. It is left as it is unless it gains at least SHARED tokens. Only prefixes
-        computed with the cache's adapter are used.
+        Returns how many tokens it then holds. It is left as it is unless it gains at least MIN_PREFIX tokens. Only
+        prefixes computed with the cache's adapter are used.
         """
-        if not self._limit or len(ids) - cache.length < SHARED:
+        if not self._limit or len(ids) - cache.length < MIN_PREFIX:
             return cache.length
         found = self.fetch(ids, cache.adapter)
-        return found.give(cache) if found.length >= cache.length + SHARED else cache.length
+        return found.load_into(cache) if found.length >= cache.length + MIN_PREFIX else cache.length
 
     def keep(self, ids: Ids, cache: KVCache) -> None:
         """Add the first len(ids) tokens of a cache, which are `ids`, to the pool, and queue them for writing."""
         rest = len(ids) % PAGE
-        length = len(ids) if rest >= SHARED else len(ids) - rest
+        length = len(ids) if rest >= MIN_PREFIX else len(ids) - rest
         if not self._limit or not length:
             return
         arrays, states, root = cache.share(length), cache.states(length), self._root_of(cache.adapter)
@@ -177,7 +177,7 @@ class Prefixes:
                     page.stored, page.stored_states = len(page.ids), frozenset(page.states)
                 self._writer.put(written, max(1, self._limit // arrays[0].nbytes))
 
-    def drop_oldest(self) -> bool:
+    def evict_oldest(self) -> bool:
         """Evict the least recently used page, or if there is none, all pages that wait to be written.
 
         Returns whether there was anything to evict.
@@ -188,7 +188,7 @@ class Prefixes:
                 return True
         return self._writer is not None and self._writer.forget()
 
-    def allow(self, limit: int) -> None:
+    def set_limit(self, limit: int) -> None:
         """Set the limit in bytes, unless the user has set it."""
         with self._lock:
             if self._adjustable:
@@ -207,7 +207,7 @@ class Prefixes:
         if self._writer is not None:
             self._writer.close()
         self.clear()
-        self._tell()
+        self._report()
 
     def _root_of(self, adapter: Adapter | None) -> bytes:
         """The key before the first token of texts with an adapter."""
@@ -230,7 +230,7 @@ class Prefixes:
                 length += PAGE
                 room -= 1
                 parent, last = page.key, None
-            least = SHARED if last is None else found.length - length + SHARED
+            least = MIN_PREFIX if last is None else found.length - length + MIN_PREFIX
             if len(ids) - length >= least and room > 0:
                 end = files.read_longest(parent, ids[length : length + PAGE], len(pages), least)
         except OutOfMemoryError:
@@ -261,7 +261,7 @@ class Prefixes:
 
     def _partial(self, parent: bytes, ids: Ids) -> tuple[PrefixPage | None, int]:
         """The page after `parent` with the longest common prefix with `ids`, and that prefix's length."""
-        best, longest = None, SHARED - 1
+        best, longest = None, MIN_PREFIX - 1
         for page in self._branches.get(branch_of(parent, ids), ()):
             length = common_prefix(page.ids, ids)
             if length > longest:
@@ -321,7 +321,7 @@ class Prefixes:
         else:  # or an interrupt came between page and branch
             self._branches.pop(page.branch, None)
 
-    def _tell(self) -> None:
+    def _report(self) -> None:
         """Report damaged files and failed writes."""
         if self._files is None or self._writer is None:
             return

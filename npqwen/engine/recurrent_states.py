@@ -31,7 +31,7 @@ _MARKED = 16
 """How many times as much a marked checkpoint is worth as another."""
 
 
-class Recurrent(NamedTuple):
+class RecurrentShape(NamedTuple):
     """The sizes of a model's recurrent states, in float32 elements."""
 
     layers: int
@@ -42,7 +42,7 @@ class Recurrent(NamedTuple):
     """Elements of a layer's inputs for one token, from which a pass can replay it."""
 
     @classmethod
-    def of(cls, config: Config) -> Recurrent | None:
+    def of(cls, config: Config) -> RecurrentShape | None:
         """The sizes for a model; None if it has no such layers."""
         r = config.recurrence
         if r is None:
@@ -57,7 +57,7 @@ class Recurrent(NamedTuple):
         return 4 * self.layers * self.state
 
 
-def most_checkpoints(shape: Recurrent) -> int:
+def most_checkpoints(shape: RecurrentShape) -> int:
     """Most checkpoints that a cache keeps."""
     return min(MOST, max(FEWEST, CHECKPOINT_BYTES // shape.nbytes))
 
@@ -67,7 +67,7 @@ def states_bytes(config: Config) -> int:
 
     Besides the checkpoints, these are the newest state, the next one and a spare one.
     """
-    shape = Recurrent.of(config)
+    shape = RecurrentShape.of(config)
     return 0 if shape is None else (3 + most_checkpoints(shape)) * shape.nbytes
 
 
@@ -84,7 +84,7 @@ class State(NamedTuple):
 class RecurrentStates:
     """The newest state of a sequence, and checkpoints. Serves one thread at a time, as the cache that it belongs to."""
 
-    def __init__(self, shape: Recurrent) -> None:
+    def __init__(self, shape: RecurrentShape) -> None:
         self.shape = shape
         self._state = _empty(shape)
         self._is_shared = False
@@ -237,6 +237,6 @@ class RecurrentStates:
         return True
 
 
-def _empty(shape: Recurrent) -> State:
+def _empty(shape: RecurrentShape) -> State:
     """The state before the first token: zeros, which take no memory, as they are only read."""
     return State(0, np.zeros((shape.layers, shape.state), np.float32))

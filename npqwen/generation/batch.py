@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from npqwen.engine.piece import Piece, by_piece
-from npqwen.engine.prefix_page import SHARED, common_prefix
+from npqwen.engine.prefix_page import MIN_PREFIX, common_prefix
 from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
@@ -199,7 +199,7 @@ class Batch:
         source: Entry | Prefix | None = None
         best = entry.sequence.length
         found = self._prefixes.find(entry.prompt[:most], entry.sequence.adapter)
-        if found.length >= max(SHARED, best + 1):
+        if found.length >= max(MIN_PREFIX, best + 1):
             best, source = found.length, found
         coming = 0
         for other in self._running:
@@ -209,10 +209,10 @@ class Batch:
             if shared == len(other.prompt) < other.sequence.length:
                 shared = common_prefix(other.computed(), entry.prompt[:most])
             length = other.cache.reusable(shared)
-            if length >= max(SHARED, best + 1):
+            if length >= max(MIN_PREFIX, best + 1):
                 best, source = length, other
             coming = max(coming, other.cache.expected(min(shared, len(other.prompt))))
-        return (-1, None) if coming >= best + SHARED else (best, source)
+        return (-1, None) if coming >= best + MIN_PREFIX else (best, source)
 
     def _set_cache(self, entry: Entry, length: int, source: Entry | Prefix | None) -> None:
         sequence = entry.sequence
@@ -221,7 +221,7 @@ class Batch:
         elif sequence.cache is None:
             sequence.cache = sequence.new_cache()
         if isinstance(source, Prefix):
-            length = source.give(sequence.cache)
+            length = source.load_into(sequence.cache)
         sequence.begin_cache(sequence.cache)
         if not sequence.decoding.ids:
             sequence.cached = length
@@ -239,7 +239,7 @@ class Batch:
         cache = self._running[0].cache
         states = 0 if cache.recurrent is None else _STATES * cache.recurrent.shape.nbytes
         while self._memory.lacks(self._caches(), missing * cache.page_bytes + states):
-            if not self._memory.drop_prefix():
+            if not self._memory.evict_prefix():
                 return False
         return True
 
@@ -251,7 +251,7 @@ class Batch:
         writes = any(not entry.sequence.reads_prompt for entry in self._running)
 
         def deadline(entry: Entry) -> tuple[bool, float]:
-            left = entry.sequence.left
+            left = entry.sequence.pending_count
             return left > _SHORT, entry.arrived + left * self._seconds_per_token
 
         chosen: list[tuple[Entry, int]] = []
@@ -260,10 +260,10 @@ class Batch:
             entry.sequence.draft(0)
         for entry in sorted(self._running, key=deadline):
             sequence = entry.sequence
-            if sequence.left > _SHORT and writes:
+            if sequence.pending_count > _SHORT and writes:
                 room, writes = min(room, self._prompt_tokens(STALL)), False  # once: for all prompts together
-            size = entry.cache.span(min(sequence.left, room))
-            rest = sequence.left - size
+            size = entry.cache.span(min(sequence.pending_count, room))
+            rest = sequence.pending_count - size
             if 0 < rest < sequence.rows:  # rows of logits come from one pass
                 size -= sequence.rows - rest
             if size > 0:
@@ -277,23 +277,23 @@ class Batch:
         """Add draft tokens, with an equal share of the rest of the pass for each text."""
         tokens = sum(size for _, size in chosen)
         for at, (entry, size) in enumerate(chosen):
-            if entry.sequence.left == size:
+            if entry.sequence.pending_count == size:
                 share = ceil_div(PASS - tokens, len(chosen) - at) if tokens < PASS else 0
                 count = entry.sequence.draft(share, tokens - size)
                 chosen[at] = entry, size + count
                 tokens += count
         # Draft models and layers have appended to their own caches.
-        while self._drafting() and self._memory.lacks(self._caches(), 0):
-            if not self._memory.drop_prefix():
+        while self._entries_with_drafters() and self._memory.lacks(self._caches(), 0):
+            if not self._memory.evict_prefix():
                 self._stop_drafting()
 
-    def _drafting(self) -> list[Entry]:
+    def _entries_with_drafters(self) -> list[Entry]:
         """The running sequences for which a draft model or layer has a cache."""
         return [entry for entry in self._running if len(entry.sequence.caches) > 1]
 
     def _stop_drafting(self) -> bool:
         """Stop drafting by models and layers, and free their caches; returns whether there were any."""
-        drafting = self._drafting()
+        drafting = self._entries_with_drafters()
         for entry in drafting:
             entry.sequence.stop_drafting()
         return bool(drafting)
@@ -310,8 +310,8 @@ class Batch:
                     self._pages_changed |= states > 0 or entry.cache.page_table != pages
                 except OutOfMemoryError as error:
                     self._pages_changed = True
-                    if entry.sequence.drafting:
-                        size -= entry.sequence.drafting
+                    if entry.sequence.draft_count:
+                        size -= entry.sequence.draft_count
                         entry.sequence.draft(0)
                     else:
                         self._make_room(entry, error)
@@ -334,7 +334,7 @@ class Batch:
     def _make_room(self, entry: Entry, error: OutOfMemoryError) -> None:
         """Evict an old prefix, else stop drafting, else preempt the youngest sequence; if only one is running, end
         `entry` with the error."""
-        if self._memory.drop_prefix() or self._stop_drafting():
+        if self._memory.evict_prefix() or self._stop_drafting():
             return
         youngest = max(self._running, key=lambda other: other.arrived)
         if len(self._running) == 1:
@@ -352,9 +352,9 @@ class Batch:
         pieces = []
         for entry, size in chosen:
             sequence = entry.sequence
-            rows = sequence.rows if size == sequence.left else 0
-            ids = np.array(sequence.todo(size), np.int64)
-            pieces.append(Piece(ids, entry.cache, rows, sequence.drafting))
+            rows = sequence.rows if size == sequence.pending_count else 0
+            ids = np.array(sequence.pending_ids(size), np.int64)
+            pieces.append(Piece(ids, entry.cache, rows, sequence.draft_count))
         rows = sum(piece.rows for piece in pieces)
         if self._logits is None or len(self._logits) < rows + _TILE:
             self._logits = self._model.new_logits(rows + _TILE)
@@ -398,7 +398,7 @@ class Batch:
         try:
             if sequence.progress is not None and not before:
                 sequence.progress(sequence.length - sequence.cached, len(entry.prompt) - sequence.cached)
-            while logits is not None or not sequence.left:
+            while logits is not None or not sequence.pending_count:
                 entry.on_text(sequence.accept(logits, None if logits is None else maxima))
                 if decoding.finished or entry.sequence.cancelled:
                     break

@@ -43,7 +43,7 @@ class Entry:
     @property
     def pages(self) -> int:
         """How many pages its prompt and the beginning of its text take."""
-        return ceil_div(min(len(self.prompt) + _ROOM, self.sequence.room), PAGE)
+        return ceil_div(min(len(self.prompt) + _ROOM, self.sequence.capacity), PAGE)
 
     def release(self) -> None:
         """Drop the reference to the cache: a caller who keeps the text must not keep its keys and values in memory."""

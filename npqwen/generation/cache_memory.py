@@ -32,7 +32,7 @@ class CacheMemory:
         self._limit = limit
         if limit is not None:
             for pool in self._pools:
-                pool.allow(limit)
+                pool.set_limit(limit)
 
     def held(self, caches: Iterable[KVCache]) -> int:
         """Bytes of these caches and of kept prefixes, shared pages counted once."""
@@ -42,12 +42,12 @@ class CacheMemory:
         """Whether these caches, kept prefixes and `more` bytes exceed the limit."""
         return self._limit is not None and self.held(caches) + more > self._limit
 
-    def drop_prefix(self) -> bool:
+    def evict_prefix(self) -> bool:
         """Evict the least recently used page of the kept prefixes; returns whether there was one."""
-        return any(pool.drop_oldest() for pool in self._pools)
+        return any(pool.evict_oldest() for pool in self._pools)
 
     def trim(self, caches: Iterable[KVCache]) -> None:
         """Evict kept prefixes until the limit is met, or none is left."""
         held = list(caches)
-        while self.lacks(held, 0) and self.drop_prefix():
+        while self.lacks(held, 0) and self.evict_prefix():
             pass

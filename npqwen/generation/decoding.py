@@ -111,7 +111,7 @@ class Decoding:
         return self._decoder.within_character
 
     @property
-    def left(self) -> int:
+    def remaining(self) -> int:
         """How many tokens the text may still get; 0 if it is finished."""
         return 0 if self.finish_reason is not None else self._limit - len(self.ids)
 

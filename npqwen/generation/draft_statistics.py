@@ -60,7 +60,7 @@ class DraftStatistics:
             return self._ratio * passes.seconds[1]
         return self._seconds
 
-    def measured(self, seconds: float) -> None:
+    def add_seconds(self, seconds: float) -> None:
         """Update the average with the seconds of a token; more than twice the average counts as twice the average."""
         if self._seconds is None:
             self._seconds = seconds

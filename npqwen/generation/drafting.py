@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from npqwen.engine.pass_times import PassTimes
-    from npqwen.generation.draft_layer import LayerStatistics
-    from npqwen.generation.draft_model import DraftModel
+    from npqwen.generation.layer_drafter import LayerStatistics
+    from npqwen.generation.model_drafter import DraftModel
 
 ANSWERS = 4096
 """The most tokens of earlier texts from which drafts are taken, too."""
+CATCH_UP = 32
+"""The most tokens of the text that a drafter runs in one pass together with the first draft token."""
 
 
 class Drafting:

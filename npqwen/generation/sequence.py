@@ -13,7 +13,7 @@ from npqwen.errors import ContextLengthError, OptionError, quoted
 from npqwen.generation.completion import Completion, Usage
 from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
-from npqwen.generation.message_borders import message_borders
+from npqwen.generation.message_starts import message_starts
 from npqwen.generation.options import GenerationOptions, check_options
 from npqwen.generation.speculation import PASS, speculation_for
 from npqwen.generation.watches import option_watches
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 class Sequence:
     """A `Decoding`, the KV cache of its tokens, and their cost.
 
-    The driver runs `todo()` after the tokens in `cache` and passes the logits to `accept`. The cache holds a prefix of
-    prompt and text; at the end, all but the last drawn or forced tokens:
+    The driver runs `pending_ids()` after the tokens in `cache` and passes the logits to `accept`. The cache holds a
+    prefix of prompt and text; at the end, all but the last drawn or forced tokens:
 
         sequence.next_step()
         while not sequence.decoding.finished:
             sequence.draft()
-            piece = sequence.accept(logits of todo(), or None if that is empty)
+            piece = sequence.accept(logits of pending_ids(), or None if that is empty)
             sequence.next_step()
         sequence.settle()
         sequence.close()
@@ -95,7 +95,7 @@ class Sequence:
         """Whether its driver is to end it; any thread may set this."""
         self.progress = given.get("progress")
         """progress(done, total): to be called as the prompt's tokens are run."""
-        self.room = len(prompt) + limit
+        self.capacity = len(prompt) + limit
         """The most tokens that prompt and text can have."""
         if cache is not None and cached != cache.length:
             cache.truncate(cached or 0)
@@ -119,15 +119,15 @@ class Sequence:
         self.prefill_seconds = self.first_token_seconds = self.decode_seconds = 0.0
         self._since = 0.0
 
-    def new_cache(self, room: int | None = None) -> KVCache:
-        """An empty cache for this text, of up to `room` tokens (default: the context)."""
-        return self._model.new_cache(room, None if self.adapter is None else self.adapter.name)
+    def new_cache(self, capacity: int | None = None) -> KVCache:
+        """An empty cache for this text, of up to `capacity` tokens (default: the context)."""
+        return self._model.new_cache(capacity, None if self.adapter is None else self.adapter.name)
 
     def begin_cache(self, cache: KVCache) -> None:
         """Use this cache: have it keep checkpoints where the prompt's messages begin, and have drafting follow it."""
         self.cache = cache
         if cache.recurrent is not None:
-            cache.mark(message_borders(self.decoding.prompt_ids, self._tokenizer))
+            cache.mark(message_starts(self.decoding.prompt_ids, self._tokenizer))
         if self._speculation is not None:
             self._speculation.follow(cache)
 
@@ -143,13 +143,13 @@ class Sequence:
         return 0 if self.cache is None else self.cache.length
 
     @property
-    def left(self) -> int:
-        """How many tokens `todo` has."""
+    def pending_count(self) -> int:
+        """How many tokens `pending_ids` has."""
         return self.decoding.target_length - self.length + len(self._draft)
 
     @property
-    def drafting(self) -> int:
-        """How many of the last tokens of `todo` are draft tokens."""
+    def draft_count(self) -> int:
+        """How many of the last tokens of `pending_ids` are draft tokens."""
         return len(self._draft)
 
     @property
@@ -157,7 +157,7 @@ class Sequence:
         """Whether part of the prompt is not computed yet."""
         return self.length < len(self.decoding.prompt_ids)
 
-    def todo(self, most: int | None = None) -> list[int]:
+    def pending_ids(self, most: int | None = None) -> list[int]:
         """The tokens to run after those in the cache, at most the first `most`; none if `accept` takes None now."""
         start, end = self.length, self.decoding.target_length
         if most is not None:
@@ -170,7 +170,7 @@ class Sequence:
 
     @property
     def rows(self) -> int:
-        """How many of the last tokens of `todo` `accept` needs the logits of."""
+        """How many of the last tokens of `pending_ids` `accept` needs the logits of."""
         return self.decoding.rows + len(self._draft)
 
     def draft(self, most: int = PASS, others: int = 0) -> int:
@@ -179,11 +179,11 @@ class Sequence:
         others: tokens of other sequences in the pass.
         """
         self._draft = []
-        cache, left = self.cache, self.left
+        cache, left = self.cache, self.pending_count
         if self._speculation is None or cache is None or most < 1 or left < 1 or self.reads_prompt:
             return 0
         # If the whole draft is accepted, one more token is drawn: the one after it.
-        most = min(most, self.decoding.left - 1)
+        most = min(most, self.decoding.remaining - 1)
         self._draft = self._speculation.propose(self.decoding.ids, most, left + others, alone=not others)
         return len(self._draft)
 
@@ -192,13 +192,13 @@ class Sequence:
         self._since = time.perf_counter()
         if not self._ahead:
             return
-        left = self.left
+        left = self.pending_count
         if not left:
             return  # forced tokens come first
         cache, rows = self.cache, self.decoding.rows
         assert cache is not None
         assert self._ahead_logits is not None
-        pairs = zip(self.todo(), self._ahead, strict=False)
+        pairs = zip(self.pending_ids(), self._ahead, strict=False)
         same = next((i for i, (id, drafted) in enumerate(pairs) if id != drafted), min(left, len(self._ahead)))
         taken = same if same == left else max(0, min(same, left - rows))
         cache.restore(taken)

@@ -15,7 +15,7 @@ from npqwen.engine.prefix_page import common_prefix
 from npqwen.errors import ContextLengthError, OptionError, quoted
 from npqwen.generation.decoding import Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
-from npqwen.generation.message_borders import message_borders
+from npqwen.generation.message_starts import message_starts
 from npqwen.generation.option import with_options
 from npqwen.generation.options import OPTIONS
 from npqwen.generation.stream import Stream
@@ -180,7 +180,7 @@ class Session:
         reused = cache.reusable(min(common_prefix(known, ids), len(ids) - 1))
         cache.truncate(reused)
         self._cache, self._ids = cache, ids
-        cache.mark(message_borders(ids, self.model.tokenizer))
+        cache.mark(message_starts(ids, self.model.tokenizer))
         tokens = np.array(ids, np.int32)
         reused = self.model.prefixes.extend(tokens[:-1], self.cache)
         logits = self.model.prefill(tokens[reused:], self.cache, progress)

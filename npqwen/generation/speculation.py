@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from npqwen.generation.acceptance import Acceptance
-from npqwen.generation.draft_layer import LayerDrafter
-from npqwen.generation.draft_model import ModelDrafter
-from npqwen.generation.drafter import TextDrafter
+from npqwen.generation.layer_drafter import LayerDrafter
+from npqwen.generation.model_drafter import ModelDrafter
+from npqwen.generation.text_drafter import TextDrafter
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache

@@ -118,7 +118,7 @@ class Stream(AsyncSteps[str]):
         """The KV cache. In a batch, it may be replaced by another one when the next piece is generated."""
         sequence = self._sequence
         if sequence.cache is None:  # the batch has not begun to run this stream
-            sequence.cache = sequence.new_cache(sequence.room)
+            sequence.cache = sequence.new_cache(sequence.capacity)
         return sequence.cache
 
     @property
@@ -212,7 +212,7 @@ class Stream(AsyncSteps[str]):
             self._model.prefixes.keep(prompt[: len(prompt) // PAGE * PAGE], cache)
             buffer = logits
             while True:
-                self._computed = cache.cuts, cache.length - sequence.drafting
+                self._computed = cache.cuts, cache.length - sequence.draft_count
                 piece = sequence.accept(logits)
                 if decoding.finished:
                     self._keep()
@@ -246,20 +246,20 @@ class Stream(AsyncSteps[str]):
             if self._cancelled:
                 raise _Cancelled
 
-        return self._model.prefill(np.array(self._sequence.todo(), np.int32), cache, progress).reshape(1, -1)
+        return self._model.prefill(np.array(self._sequence.pending_ids(), np.int32), cache, progress).reshape(1, -1)
 
     def _forward(self, cache: KVCache, buffer: NDArray[np.float32] | None) -> NDArray[np.float32] | None:
         """Run the pending tokens; returns the logits that the next step takes, in `buffer` if they are one row."""
         sequence = self._sequence
         if sequence.draft() and not self._has_room(cache):
             sequence.draft(0)
-        ids = np.array(sequence.todo(), np.int64)
+        ids = np.array(sequence.pending_ids(), np.int64)
         if not ids.size:
             return None
-        if sequence.drafting:
+        if sequence.draft_count:
             if self._rows is None:
                 self._rows = self._model.new_logits(PASS)
-            return self._model.forward_pieces([Piece(ids, cache, sequence.rows, sequence.drafting)], self._rows)[0]
+            return self._model.forward_pieces([Piece(ids, cache, sequence.rows, sequence.draft_count)], self._rows)[0]
         if sequence.rows > 1:
             return self._model.forward(ids, cache, all_logits=True)
         return self._model.forward(ids, cache, out=buffer)
@@ -267,7 +267,7 @@ class Stream(AsyncSteps[str]):
     def _has_room(self, cache: KVCache) -> bool:
         """Make room for the next pass; returns whether there is memory for it."""
         try:
-            cache.reserve(self._sequence.left)
+            cache.reserve(self._sequence.pending_count)
         except OutOfMemoryError:
             return False
         return True

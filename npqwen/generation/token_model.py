@@ -64,8 +64,8 @@ class TokenModel(Protocol):
     def adapters(self) -> Adapters:
         """The LoRA adapters that texts can choose from, by name."""
 
-    def new_cache(self, room: int | None = None, adapter: str | None = None) -> KVCache:
-        """An empty cache for one sequence of up to `room` tokens (default: the context).
+    def new_cache(self, capacity: int | None = None, adapter: str | None = None) -> KVCache:
+        """An empty cache for one sequence of up to `capacity` tokens (default: the context).
 
         adapter: the name of one of `adapters`, with which all its tokens are run.
         """

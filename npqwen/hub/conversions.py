@@ -63,15 +63,15 @@ def resolve(
     other bits, or a model that cannot serve the purpose; OutputError if it does not fit on the disk; and whatever
     `npqwen_quant.convert` raises.
     """
-    tell = notice or _ignore
-    found, source = _find(model, bits, revision, tell, download_bars)
+    notice = notice or _ignore
+    found, source = _find(model, bits, revision, notice, download_bars)
     if found is not None:
         check_purpose(source, purpose)
         return found
     check(source, purpose)
     recipe = recipe_of(DEFAULT_BITS if bits is None else bits)
     target = place_of(source, recipe)
-    _convert_once(Transfer(source, tell, download_bars, progress), target, recipe, low_disk, tell)
+    _convert_once(Transfer(source, notice, download_bars, progress), target, recipe, low_disk, notice)
     record.used(target, source.model, source.revision, source.commit)
     return target
 
@@ -91,7 +91,7 @@ def find_converted(
 
 
 def _find(
-    model: str | os.PathLike[str], bits: int | None, revision: str | None, tell: Notice, download_bars: bool
+    model: str | os.PathLike[str], bits: int | None, revision: str | None, notice: Notice, download_bars: bool
 ) -> tuple[Path | None, Source]:
     """The converted directory, downloaded if it is on the hub, and its source; None and the source to convert if there
     is none.
@@ -109,21 +109,21 @@ def _find(
         if found is not None:
             source = found
         elif (kept := _newest_conversion(name, recipe)) is not None:
-            tell(f"{problem}; using {kept}")
+            notice(f"{problem}; using {kept}")
             record.touch(kept)
             return kept, LocalSource(kept, str(name))
         else:
             source = downloaded(name, problem)
-            tell(f"{problem}; using the copy downloaded before")
+            notice(f"{problem}; using the copy downloaded before")
     target = place_of(source, recipe)
     if is_converted(target):
-        tell(f"using {target}")
+        notice(f"using {target}")
         record.used(target, source.model, source.revision, source.commit)
         return target, source
-    directory = Transfer(source, tell, download_bars, None).converted_already()
+    directory = Transfer(source, notice, download_bars, None).converted_already()
     if directory is None:
         return None, source
-    tell(f"using {directory}")
+    notice(f"using {directory}")
     return _with_bits(directory, bits), LocalSource(directory, source.label)
 
 
@@ -153,24 +153,24 @@ def convert(
     `npqwen_quant.convert` raise; the other parameters are those of `resolve`.
     """
     recipe = recipe_of(bits)
-    tell = notice or _ignore
+    notice = notice or _ignore
     if low_disk and calibration is not None:
         raise OptionError("calibration reads all weights several times; use it without low_disk (--low-disk)")
     check_adapters(adapters, out, low_disk)
     if low_disk and measure is not None:
         raise OptionError("measuring a conversion reads all of the checkpoint; use it without low_disk (--low-disk)")
-    found = find_source(source, revision, tell)
-    transfer = Transfer(found, tell, download_bars, progress)
+    found = find_source(source, revision, notice)
+    transfer = Transfer(found, notice, download_bars, progress)
     if transfer.converted_already(download=False) is not None:
         raise CheckpointError(f"{source} is converted already; convert the checkpoint that it came from")
     target = place_of(found, recipe)
     in_cache = out is None
     if in_cache and not force and calibration is None and is_converted(target):
-        tell(f"using {target}")
+        notice(f"using {target}")
     else:
         check(found, "arrays")
         if in_cache and not force and calibration is None:
-            _convert_once(transfer, target, recipe, low_disk, tell)
+            _convert_once(transfer, target, recipe, low_disk, notice)
         else:
             target = target if out is None else Path(os.path.expanduser(out))
             transfer.convert(
@@ -287,7 +287,7 @@ def _newest_conversion(name: HubName, recipe: Recipe) -> Path | None:
         return None
 
 
-def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool, tell: Notice) -> None:
+def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bool, notice: Notice) -> None:
     """Convert into the cache, or wait for another process that does."""
     from npqwen_quant.working import BusyError
 
@@ -299,7 +299,7 @@ def _convert_once(transfer: Transfer, target: Path, recipe: Recipe, low_disk: bo
                 transfer.convert(target, recipe, low_disk=low_disk, once=True)
             return
         except BusyError as busy:
-            tell(f"another process is converting {transfer.source.label}; waiting for it")
+            notice(f"another process is converting {transfer.source.label}; waiting for it")
             busy.wait()
         except OutputError as error:
             if is_converted(target):  # another process was faster, and its result is equivalent

@@ -10,9 +10,9 @@ from npqwen.errors import OptionError, size
 from npqwen.format.config import Config
 from npqwen.format.quantization import is_converted
 from npqwen.format.recipe import Recipe
+from npqwen.hub.disk_space import check_disk_space, converted_bytes, free_bytes
 from npqwen.hub.names import original
 from npqwen.hub.repository import HubSource, download_directory
-from npqwen.hub.room import check_room, converted_bytes, free_bytes
 from npqwen.hub.source import GgufSource, LocalSource, Source
 from npqwen.hub.support import quantized_format
 
@@ -26,13 +26,13 @@ Progress = Callable[[int, int], None]
 class Transfer:
     """Downloads and converts one source.
 
-    tell: receives notices. bars: let huggingface_hub draw its progress bars on stderr. progress(done, total): receives
-    bytes converted so far.
+    notice(line): receives notices. bars: let huggingface_hub draw its progress bars on stderr. progress(done, total):
+    receives bytes converted so far.
     """
 
-    def __init__(self, source: Source, tell: Callable[[str], None], bars: bool, progress: Progress | None) -> None:
+    def __init__(self, source: Source, notice: Callable[[str], None], bars: bool, progress: Progress | None) -> None:
         self.source = source
-        self._tell = tell
+        self._notice = notice
         self._bars = bars
         self._progress = progress
 
@@ -67,7 +67,7 @@ class Transfer:
             assert isinstance(source, LocalSource)
             directory = source.directory
         update(other, directory, target)
-        self._tell(
+        self._notice(
             f"the weights of {source.label} were converted before: only small files are new, in {target}"
         )
 
@@ -112,19 +112,19 @@ class Transfer:
             calibration=None if calibration is None else calibration(directory),
             calibration_progress=calibration_progress,
             adapters=adapters,
-            notice=self._tell,
+            notice=self._notice,
         )
 
     def _tell_of_source(self, recipe: Recipe, path: Path) -> None:
         """Send notices if parts of the source are left out, or if it is quantized already. path: where it is."""
         source = self.source
         if source.has_images:
-            self._tell(f"{source.label} is multimodal; npqwen runs its text part, without images")
+            self._notice(f"{source.label} is multimodal; npqwen runs its text part, without images")
         found = self._quantization(path)
         if found and recipe.matrices.is_integer:
             known = original(source.model, source.originals)
             better = "" if known is None else f"; the original, {known}, loses less"
-            self._tell(
+            self._notice(
                 f"{source.label} is quantized already ({found}); quantizing it again adds error, which npqwen convert "
                 f"--evaluate measures{better}"
             )
@@ -143,7 +143,7 @@ class Transfer:
         shards = {name: source.files[name].nbytes for name in source.shards}
         largest = max(shards.values())
         converted = self._converted_bytes(recipe, sum(shards.values()))
-        self._tell(
+        self._notice(
             f"downloading {source.label} file by file, {size(sum(shards.values()))} in all and {size(largest)} at a "
             f"time, and converting it to {recipe.name}, about {size(converted)}, into {target} "
             f"({size(free_bytes(target))} free)"
@@ -161,7 +161,7 @@ class Transfer:
             recipe.bits,
             force=force,
             progress=self._progress,
-            notice=self._tell,
+            notice=self._notice,
         )
 
     def _announce_download(self, source: HubSource, target: Path | None, recipe: Recipe | None) -> None:
@@ -181,9 +181,9 @@ class Transfer:
             largest = max((source.files[name].nbytes for name in source.shards), default=0)
             if largest < rest:
                 advice += f", or use low_disk (--low-disk), which needs {size(largest + converted)} at a time"
-        check_room(source.label, needs, advice)
+        check_disk_space(source.label, needs, advice)
         if rest:
-            self._tell(line)
+            self._notice(line)
 
     def _converted_bytes(self, recipe: Recipe, weights: int) -> int:
         source = self.source
@@ -198,7 +198,7 @@ class Transfer:
         def announced(done: int, total: int) -> None:
             nonlocal line
             if line:
-                self._tell(line)
+                self._notice(line)
                 line = ""
             if self._progress is not None:
                 self._progress(done, total)

@@ -14,14 +14,14 @@ from npqwen.file_lock import try_lock
 
 WAITING = "npqwen:waiting"
 """The Numba event that reports waiting."""
-PATIENCE = 300.0
+TIMEOUT = 300.0
 """Seconds to wait for another process, which may be suspended."""
 _POLL_SECONDS = 0.05
 
 
 class CompileLock:
     """The lock of one function. It only saves work; correctness does not depend on it: where files cannot be locked or
-    written, and after PATIENCE, processes compile the same function concurrently. A killed process leaves an empty
+    written, and after TIMEOUT, processes compile the same function concurrently. A killed process leaves an empty
     file, unlocked.
     """
 
@@ -31,11 +31,11 @@ class CompileLock:
         self._file: BinaryIO | None = None
 
     def acquire(self) -> None:
-        """Wait until no other process holds it, at most PATIENCE. Raises nothing but KeyboardInterrupt."""
+        """Wait until no other process holds it, at most TIMEOUT. Raises nothing but KeyboardInterrupt."""
         with contextlib.suppress(OSError):
             if self._try():
                 return
-            end = time.monotonic() + PATIENCE
+            end = time.monotonic() + TIMEOUT
             with event.trigger_event(WAITING):
                 while not self._try() and time.monotonic() < end:
                     time.sleep(_POLL_SECONDS)

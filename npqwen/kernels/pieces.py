@@ -44,7 +44,7 @@ MOST_PIECES = (1 << _COUNT_BITS) - 1
 _FINISHED = 1 << _COUNT_BITS
 _STEP_SHIFT = 2 * _COUNT_BITS
 LAST_STEP = (1 << (63 - _STEP_SHIFT)) - 1
-PATIENCE = 500
+RECOMPUTE_POLLS = 500
 """Polls, at least 6 microseconds, before a waiting thread recomputes a piece that another holds."""
 SPINS = 4000
 """Polls, about 50 microseconds, before a waiting thread yields its processor to others."""
@@ -238,7 +238,7 @@ def _wait(team: Any, rows: Any, step: int, pieces: int) -> int:
             raise Interrupted
         polls += 1
         # A running thread should have finished its piece by then.
-        if polls > PATIENCE and ticks() - began >= 2 * team[_PACE]:
+        if polls > RECOMPUTE_POLLS and ticks() - began >= 2 * team[_PACE]:
             for holder in range(ROW, rows.size, ROW):
                 held = _acquire(rows, holder + _HELD)
                 if held >> _COUNT_BITS == step:

@@ -12,11 +12,11 @@ from pathlib import Path
 from npqwen.atomic_file import PARTIAL
 from npqwen.errors import CheckpointError, FormatError, shortened, size
 from npqwen.format.quantization import is_converted
+from npqwen.hub.disk_space import free_bytes
 from npqwen.hub.disk_usage import freed_bytes
 from npqwen.hub.downloads import Download, damaged_downloads
 from npqwen.hub.inventory import Conversion, conversions
 from npqwen.hub.leftovers import leftovers
-from npqwen.hub.room import free_bytes
 from npqwen.kernels.compiled import is_trusted, unusable_files, usable_directories
 from npqwen.reports.finding import Finding
 from npqwen.reports.verification import verify_structure

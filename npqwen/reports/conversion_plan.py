@@ -23,8 +23,8 @@ from npqwen.format.quantization import is_converted
 from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.hardware import machine
 from npqwen.hub.conversions import check_adapters, find_source, place_of
+from npqwen.hub.disk_space import converted_bytes, free_bytes
 from npqwen.hub.repository import HubSource
-from npqwen.hub.room import converted_bytes, free_bytes
 from npqwen.hub.source import GgufSource, LocalSource, Source
 from npqwen.hub.support import check
 from npqwen.kernels.cache_page import PAGE

@@ -14,10 +14,10 @@ from npqwen.cache_directory import cache_directory
 from npqwen.errors import counted, size
 from npqwen.hardware import cgroup, machine
 from npqwen.hardware.contention import Contention
+from npqwen.hub.disk_space import free_bytes
 from npqwen.hub.disk_usage import bytes_of
 from npqwen.hub.downloads import Download, downloads
 from npqwen.hub.inventory import conversions
-from npqwen.hub.room import free_bytes
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import bytes_to_read
 from npqwen.reports.cache_checks import check_cache, check_downloads

@@ -12,7 +12,7 @@ from npqwen.engine.budget import RESERVED, Budget
 from npqwen.engine.buffers import Buffers
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
-from npqwen.engine.recurrent_states import Recurrent, states_bytes
+from npqwen.engine.recurrent_states import RecurrentShape, states_bytes
 from npqwen.engine.weights import PlannedWeights
 from npqwen.errors import size
 from npqwen.format.config import Config
@@ -173,7 +173,7 @@ def _forecast(
         fit = "partly" if half else "no"
     speed = None
     if bandwidth is not None and fit == "fits":
-        shape = Recurrent.of(config)
+        shape = RecurrentShape.of(config)
         states = 0 if shape is None else 2 * shape.nbytes  # read and written
         speed = SHARE * bandwidth / (active_bytes(config, tensors) + states + _DEPTH * budget.page // PAGE)
     return Forecast(name, recipe.bits, budget.weights, budget.needed(CONTEXT) + RESERVED, fit, speed)

@@ -15,7 +15,7 @@ from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
-from npqwen.engine.recurrent_states import Recurrent, states_bytes
+from npqwen.engine.recurrent_states import RecurrentShape, states_bytes
 from npqwen.engine.weights import Weights
 from npqwen.errors import size
 from npqwen.format.config import Config
@@ -213,7 +213,7 @@ def _parameters(info: Info) -> str:
 
 def _recurrence(c: Config) -> list[tuple[str, str]]:
     """The line about a hybrid's Gated DeltaNet layers."""
-    shape, r = Recurrent.of(c), c.recurrence
+    shape, r = RecurrentShape.of(c), c.recurrence
     if shape is None or r is None:
         return []
     keys = f"{r.linear_num_key_heads} key heads of {r.linear_key_head_dim}"

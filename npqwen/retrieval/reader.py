@@ -128,7 +128,7 @@ class Reader:
         """Change the memory limit for keys and values; unused caches and kept prefixes are evicted to meet it."""
         self._memory = memory
         if memory is not None:
-            self._prefixes.allow(memory)
+            self._prefixes.set_limit(memory)
             while self.cache_bytes > memory and self._drop_unused():
                 pass
         self.statistics.cache_bytes = self.cache_bytes
@@ -213,7 +213,7 @@ class Reader:
         cache = self._model.new_cache(max(map(len, readings.texts)))
         found = self._prefixes.find(text.ids[: readings.common or -1])
         if found.length:
-            found.give(cache)
+            found.load_into(cache)
         if readings.common:  # at a checkpoint, where a hybrid's other texts branch off
             cache.mark([readings.common])
             readings.common = cache.expected(readings.common)
@@ -246,7 +246,7 @@ class Reader:
             if readings.free:
                 readings.free.pop()
                 return True
-        return self._prefixes.drop_oldest()
+        return self._prefixes.evict_oldest()
 
     def _run(self, chosen: list[tuple[Text, int]]) -> None:
         pieces = []

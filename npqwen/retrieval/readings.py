@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.prefix_page import SHARED, Ids, common_prefix
+from npqwen.engine.prefix_page import MIN_PREFIX, Ids, common_prefix
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
@@ -87,7 +87,7 @@ def _common(texts: Sequence[Ids]) -> int:
         return 0
     shared = min(map(len, texts)) - 1
     for ids in texts[1:]:
-        if shared < SHARED:
+        if shared < MIN_PREFIX:
             return 0
         shared = common_prefix(texts[0][:shared], ids[:shared])
-    return shared if shared >= SHARED else 0
+    return shared if shared >= MIN_PREFIX else 0

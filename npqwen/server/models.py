@@ -27,7 +27,7 @@ from npqwen.server.worker import Worker
 if TYPE_CHECKING:
     from npqwen.model import Model
 
-PATIENCE = 60.0
+UNLOAD_SECONDS = 60.0
 """Seconds that a request waits for memory that models in use occupy."""
 LEAST_SHARE = 4
 """Keys and values may take at least the memory divided by this, however large the weights are."""
@@ -241,7 +241,7 @@ class Models:
     async def _make_room(self, slot: _Slot) -> None:
         """Unload idle models, least recently used first, until this one fits; if none is idle, wait for one."""
         need = _needed(slot.offer)
-        deadline = self._clock() + PATIENCE
+        deadline = self._clock() + UNLOAD_SECONDS
         while self._limit is not None and (taken := self._taken()) + need > self._limit:
             loaded = [other for other in self._slots.values() if other.worker is not None]
             idle = [other for other in loaded if other.can_unload()]

@@ -21,7 +21,7 @@ from npqwen.format.layout import Layout
 from npqwen.format.quantization import Quantization
 from npqwen.format.recipe import Recipe, recipe_of
 from npqwen.format.task import Task, directory_task
-from npqwen.generation.draft_model import check_tokens
+from npqwen.generation.model_drafter import check_tokens
 from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from npqwen.errors import QueueFullError
-from npqwen.server.patience import within
+from npqwen.server.time_limit import within
 
 BYTES = 1_000_000
 """Most bytes of a stream's newest events that are buffered: about 5,000 pieces of text."""

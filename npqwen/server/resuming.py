@@ -19,10 +19,10 @@ from npqwen.server.exchange import current
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.fields import FieldError
 from npqwen.server.guard import OWNER
-from npqwen.server.patience import within
 from npqwen.server.recording import EventsGoneError, Follower, Recording, Recordings
 from npqwen.server.refusal import refusal
 from npqwen.server.streaming import STALLED, disconnected
+from npqwen.server.time_limit import within
 
 HEADER = "x-resumable"
 """The request header with which a client requests a resumable stream."""

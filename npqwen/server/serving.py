@@ -23,7 +23,7 @@ from npqwen.server.listener import Listener
 from npqwen.server.models import Models
 from npqwen.server.settings import Settings
 
-PATIENCE = 10.0
+SHUTDOWN_SECONDS = 10.0
 """Seconds that running answers have left after Ctrl-C or SIGTERM."""
 LAST = 1.0
 """Seconds that answers have to end with an error before they are cancelled."""
@@ -39,13 +39,13 @@ def run(
     tls: ssl.SSLContext | None,
     *,
     announce: Callable[[], None],
-    tell: Callable[[str], None],
+    notice: Callable[[str], None],
 ) -> None:
     """Serve until Ctrl-C or SIGTERM; the first model is loaded at once.
 
-    announce: called when clients can connect. tell(line): called with later messages for the user.
+    announce: called when clients can connect. notice(line): called with later messages for the user.
 
-    After the signal, running answers have `PATIENCE` seconds; a second Ctrl-C ends them at once. Raises
+    After the signal, running answers have `SHUTDOWN_SECONDS` seconds; a second Ctrl-C ends them at once. Raises
     KeyboardInterrupt after Ctrl-C, OptionError if the address was taken meanwhile, and what loading the first model
     raises.
     """
@@ -59,12 +59,12 @@ def run(
         ws="none",
         lifespan="off",  # models are closed below, even if a second Ctrl-C skips the lifespan's shutdown
         timeout_keep_alive=IDLE_CONNECTION,
-        timeout_graceful_shutdown=round(PATIENCE) + 2,
+        timeout_graceful_shutdown=round(SHUTDOWN_SECONDS) + 2,
     )
     config.load()
     config.ssl = tls
     server = _Server(config, announce)
-    asyncio.run(_serve(server, models, listener.sockets, tell))
+    asyncio.run(_serve(server, models, listener.sockets, notice))
     if server.failure is not None:
         raise server.failure
     if server.interrupted:
@@ -115,7 +115,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-async def _serve(server: _Server, models: Models, sockets: list[socket], tell: Callable[[str], None]) -> None:
+async def _serve(server: _Server, models: Models, sockets: list[socket], notice: Callable[[str], None]) -> None:
     serving = asyncio.create_task(server.serve(sockets))
     stopping = asyncio.create_task(server.stopping.wait())
     loading = asyncio.create_task(_load_first(server, models))
@@ -123,8 +123,8 @@ async def _serve(server: _Server, models: Models, sockets: list[socket], tell: C
     if not serving.done():
         if running := models.in_use:
             answers = "1 answer is" if running == 1 else f"{running} answers are"
-            tell(f"stopping: {answers} running and may take {PATIENCE:.0f} more seconds; Ctrl-C ends them now")
-        await asyncio.wait({serving}, timeout=PATIENCE)
+            notice(f"stopping: {answers} running and may take {SHUTDOWN_SECONDS:.0f} s more; Ctrl-C ends them now")
+        await asyncio.wait({serving}, timeout=SHUTDOWN_SECONDS)
         if not serving.done():
             await models.close()  # which ends streams with an error that their clients understand
     stopping.cancel()

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 _PROBE = "a system message in the middle"
 
 
-def placed(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
+def with_allowed_system_turns(messages: Sequence[Message], template: ChatTemplate) -> list[Message]:
     """`messages` with system messages only where the template accepts them. messages: checked, or texts and calls only.
 
     Leading ones are joined into one. Later ones stay in place if the template renders such turns. Otherwise their text

@@ -19,7 +19,7 @@ COMMENT = ": waiting\n\n"
 """A server-sent comment: every client ignores it, but to proxies the connection is not idle."""
 
 
-class Manner(Protocol):
+class KeepaliveFormat(Protocol):
     """How an API's stream writes keepalives and errors before its response is ready: a part of `StreamFormat`."""
 
     media_type: str
@@ -31,7 +31,7 @@ class Manner(Protocol):
         """An error, as the only event."""
 
 
-class CommentManner:
+class CommentKeepalives:
     """Server-sent events: comments as keepalives."""
 
     media_type = "text/event-stream"
@@ -43,7 +43,9 @@ class CommentManner:
         return COMMENT
 
 
-async def soon(request: Request, response: Coroutine[Any, Any, Response], manner: Manner) -> Response:
+async def response_or_keepalives(
+    request: Request, response: Coroutine[Any, Any, Response], keepalives: KeepaliveFormat
+) -> Response:
     """The response to a request for a stream, if it is ready within `streaming.KEEPALIVE` seconds.
 
     Otherwise a response that begins at once: it sends keepalives, and then the awaited response's body, or an error as
@@ -63,26 +65,26 @@ async def soon(request: Request, response: Coroutine[Any, Any, Response], manner
         raise
     finally:
         gone.cancel()
-    return _Late(making, manner)
+    return _Late(making, keepalives)
 
 
 class _Late(Response):
     """A response that begins before the one whose body it sends is ready."""
 
-    def __init__(self, making: asyncio.Task[Response], manner: Manner) -> None:
+    def __init__(self, making: asyncio.Task[Response], keepalives: KeepaliveFormat) -> None:
         self.status_code = 200
-        self.media_type = manner.media_type
+        self.media_type = keepalives.media_type
         self.background = None
         self.init_headers(streaming.HEADERS)
         self._making = making
-        self._manner = manner
+        self._keepalives = keepalives
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
         gone = asyncio.create_task(disconnected(receive))
         try:
             while not self._making.done() and not gone.done():
-                await _send_text(send, self._manner.keepalive(None))
+                await _send_text(send, self._keepalives.keepalive(None))
                 await asyncio.wait(
                     {self._making, gone}, timeout=streaming.KEEPALIVE, return_when=asyncio.FIRST_COMPLETED
                 )
@@ -95,7 +97,7 @@ class _Late(Response):
         except asyncio.CancelledError:
             return  # the client is gone
         except Exception as problem:
-            await _send_text(send, self._manner.error(failure_of(problem)), last=True)
+            await _send_text(send, self._keepalives.error(failure_of(problem)), last=True)
             return
 
         async def body(message: Message) -> None:

@@ -105,7 +105,7 @@ def convert(
         nbytes = 2 * nbytes + states_bytes(calibration, checkpoint.config.hidden_size)
     with output, bars, ThreadPoolExecutor(threads, thread_name_prefix="npqwen-convert") as pool:
         try:
-            output.check_room(nbytes)
+            output.check_disk_space(nbytes)
             output.begin(files)
             digests = write_small(output, small)
             with Writer(output.work, places(files)) as writer:
@@ -203,7 +203,7 @@ def update(
     checksums = Checksums.of(converted)
     small = checkpoint.small_files()
     with Output(out, json.dumps(["update", os.path.realpath(converted)]), force=False) as output:
-        output.check_room(sum(file.nbytes for file in small) + (1 << 20))
+        output.check_disk_space(sum(file.nbytes for file in small) + (1 << 20))
         output.begin(())
         for path in sorted([*converted.glob("*.safetensors"), *converted.glob(INDEX)]):
             output.link(path, path.name)

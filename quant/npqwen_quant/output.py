@@ -76,7 +76,7 @@ class Output:
         finally:
             self._leave(keep)
 
-    def check_room(self, nbytes: int) -> None:
+    def check_disk_space(self, nbytes: int) -> None:
         """Raise OutputError if the disk has no room for the rest of the conversion, which takes `nbytes` in all."""
         with writing(self.path):
             missing = nbytes - self.work.allocated()

@@ -38,7 +38,7 @@ from npqwen_quant.hybrid import names_in_layout
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import packed
 from npqwen_quant.plan import plan
-from npqwen_quant.steps import Piece, Step, deal, pieces, places, steps
+from npqwen_quant.steps import OutputRange, Step, deal, pieces, places, steps
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 from npqwen_quant.working import WorkingDirectory
 from npqwen_quant.writer import Writer
@@ -92,7 +92,7 @@ def convert_shards(
         with writing(place):
             place.mkdir(exist_ok=True)
         largest = max(shards.files.values(), default=0)
-        output.check_room(largest)
+        output.check_disk_space(largest)
         stored = _stored(checkpoint, shards, place)
         refuse_impossible_counts(checkpoint, sum(len(one.made) for one in stored))
         tensors = plan(checkpoint.config, recipe)
@@ -100,7 +100,7 @@ def convert_shards(
         _check_names(checkpoint, shapes, stored)
         files = deal(tensors, shard_bytes)
         small = checkpoint.small_files()
-        output.check_room(output_bytes(files, small) + largest)
+        output.check_disk_space(output_bytes(files, small) + largest)
         output.begin(files)
         digests = write_small(output, small)
         with Writer(output.work, places(files)) as writer:
@@ -177,14 +177,14 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: I
 class _Share:
     """The work that is done once a shard is fetched."""
 
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[OutputRange] = field(default_factory=list)
     kept: set[str] = field(default_factory=set)
     """The shard's tensors that pieces of later shards need."""
     needed_by: str = ""
     """The last shard whose pieces need them."""
 
 
-def _shares(parts: Iterable[Piece], stored: Iterable[_Stored], due: Mapping[str, str]) -> dict[str, _Share]:
+def _shares(parts: Iterable[OutputRange], stored: Iterable[_Stored], due: Mapping[str, str]) -> dict[str, _Share]:
     """The shares of the shards, by name; that of "" has the pieces that are made from no tensor.
 
     due: for each module, the last shard that stores a part of it: then the module's pieces can be made.
@@ -203,7 +203,7 @@ def _shares(parts: Iterable[Piece], stored: Iterable[_Stored], due: Mapping[str,
     return shares
 
 
-def _due(piece: Piece, due: Mapping[str, str]) -> set[str]:
+def _due(piece: OutputRange, due: Mapping[str, str]) -> set[str]:
     """The shards that complete the tensors of a piece; {""} if it is made from none."""
     return {due[_module(name)] for name in piece.sources} or {""}
 
@@ -231,7 +231,7 @@ class _Run:
             for module in one.modules:
                 self._due[module] = max(one.shard, self._due.get(module, ""))
 
-    def convert(self, parts: Iterable[Piece]) -> None:
+    def convert(self, parts: Iterable[OutputRange]) -> None:
         """Convert the shards that are not done, one after the other."""
         shares = _shares(parts, self._stored, self._due)
         ends, end = {}, 0

@@ -32,7 +32,7 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Piece:
+class OutputRange:
     """Bytes of an output file that are made from the same tensors of the checkpoint."""
 
     tensor: str
@@ -51,14 +51,14 @@ class Piece:
         """The checkpoint's tensors that it is made from."""
         return () if isinstance(self.content, bytes) else self.content.sources
 
-    def divided(self) -> list[Piece]:
+    def divided(self) -> list[OutputRange]:
         """If this is a matrix made from several of the checkpoint's tensors, a piece for each; otherwise this piece."""
         if not isinstance(self.content, Matrix) or len(self.content.parts) == 1:
             return [self]
         assert self.encoding is not None
         row_bytes = self.content.shape(self.encoding)[1]
         return [
-            Piece(
+            OutputRange(
                 self.tensor,
                 self.file,
                 self.offset + part.start * row_bytes,
@@ -74,7 +74,7 @@ class Piece:
 class Step:
     """A piece, or the unit rows `first` to `last` - 1 of one that is a matrix."""
 
-    piece: Piece
+    piece: OutputRange
     first: int = 0
     last: int = 0
 
@@ -135,28 +135,28 @@ def places(files: Mapping[str, OutputFile]) -> dict[str, Place]:
     return found
 
 
-def pieces(files: Mapping[str, OutputFile]) -> Iterator[Piece]:
+def pieces(files: Mapping[str, OutputFile]) -> Iterator[OutputRange]:
     """All pieces of the files, in order."""
     for name, file in files.items():
         head = header(file)
-        yield Piece("", name, 0, head)
+        yield OutputRange("", name, 0, head)
         offset = len(head)
         for planned in file:
             if isinstance(planned.tensor, Codebook):
                 assert planned.encoding is not None
-                yield Piece(planned.name, name, offset, blocks.codebook(planned.encoding).tobytes())
+                yield OutputRange(planned.name, name, offset, blocks.codebook(planned.encoding).tobytes())
                 offset += planned.nbytes
             elif isinstance(planned.tensor, Vector):
-                yield Piece(planned.name, name, offset, planned.tensor)
+                yield OutputRange(planned.name, name, offset, planned.tensor)
                 offset += planned.nbytes
             else:
                 for matrix in planned.matrices():
                     piece = OutputTensor(matrix, planned.encoding)
-                    yield Piece(planned.name, name, offset, matrix, planned.encoding)
+                    yield OutputRange(planned.name, name, offset, matrix, planned.encoding)
                     offset += piece.nbytes
 
 
-def steps(pieces: Iterable[Piece]) -> Iterator[Step]:
+def steps(pieces: Iterable[OutputRange]) -> Iterator[Step]:
     """The steps in which pieces are made, in order."""
     for piece in pieces:
         matrix = piece.content

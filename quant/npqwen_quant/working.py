@@ -31,7 +31,7 @@ from npqwen.atomic_file import HEX_DIGITS, PARTIAL, REMOVED, hidden_sibling, syn
 from npqwen.errors import OutputError
 from npqwen.file_lock import try_lock
 
-_PATIENCE = 0.3
+_LOCK_TIMEOUT = 0.3
 """Seconds to wait for a lock: another process may hold it briefly, to remove an abandoned directory."""
 
 
@@ -100,7 +100,7 @@ class WorkingDirectory:
     def _take_lock(self) -> bool:
         """Create the directory and lock it; False where the file system has no locks."""
         lock = self.path / "lock"
-        end = time.monotonic() + _PATIENCE
+        end = time.monotonic() + _LOCK_TIMEOUT
         while True:
             try:
                 self.path.mkdir(parents=True, exist_ok=True)

@@ -25,9 +25,9 @@ from npqwen.engine.hidden_tail import KEPT
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.piece import Piece
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.generation.draft_layer import LayerStatistics
-from npqwen.generation.draft_model import DraftModel
 from npqwen.generation.drafting import Drafting
+from npqwen.generation.layer_drafter import LayerStatistics
+from npqwen.generation.model_drafter import DraftModel
 from npqwen.generation.stream import Stream
 from npqwen.model import Model, load
 

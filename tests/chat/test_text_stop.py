@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from reciter import Reciter, without_ids
 
-from npqwen.chat.events import Piece, Reasoning, Text
+from npqwen.chat.events import AnswerEvent, Reasoning, Text
 from npqwen.chat.text_stop import TextStop
 from npqwen.errors import OptionError
 from npqwen.tools.calls import ToolCall
@@ -82,7 +82,7 @@ def test_the_result_does_not_depend_on_how_the_text_is_divided() -> None:
     for _ in range(300):
         text = "".join(rng.choices("ab\n", k=20))
         stop = "".join(rng.choices("ab\n", k=3))
-        pieces: list[Piece] = [Reasoning(stop)]
+        pieces: list[AnswerEvent] = [Reasoning(stop)]
         rest = text
         while rest:
             cut = rng.randrange(1, 5)

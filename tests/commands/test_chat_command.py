@@ -96,7 +96,7 @@ import npqwen.commands.chat, npqwen.commands.options
 from npqwen.commands.cli import main
 model = Reciter("Yes.")
 npqwen.commands.chat.open_model = lambda *_, **__: model
-npqwen.commands.options.PATIENCE = float(sys.argv[2])
+npqwen.commands.options.STDIN_NOTICE_SECONDS = float(sys.argv[2])
 try:
     main(sys.argv[3:])
 finally:

@@ -391,7 +391,7 @@ def test_when_memory_is_short_pages_that_wait_are_given_up_last(tmp_path: Path) 
     pool = opened(tmp_path, busy=lambda: True)
     pool.keep(TEXT, computed(TEXT))
     dropped = 0
-    while pool.drop_oldest():
+    while pool.evict_oldest():
         dropped += 1
     assert dropped >= 3
     assert pool.arrays == []

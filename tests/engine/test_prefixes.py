@@ -10,7 +10,7 @@ import pytest
 from prefix_pages import Ids, computed, content, marks, new_cache, run, text
 
 from npqwen.engine.kv_cache import KVCache, held_bytes
-from npqwen.engine.prefix_page import SHARED
+from npqwen.engine.prefix_page import MIN_PREFIX
 from npqwen.engine.prefixes import Prefixes
 from npqwen.errors import ContextLengthError
 from npqwen.kernels.cache_page import PAGE
@@ -29,7 +29,7 @@ def found(pool: Prefixes, ids: Ids) -> int:
 
 def expected(shared: int) -> int:
     """What is found of a prefix: a few tokens on its last page are not worth it."""
-    return shared if shared % PAGE >= SHARED else shared // PAGE * PAGE
+    return shared if shared % PAGE >= MIN_PREFIX else shared // PAGE * PAGE
 
 
 @pytest.mark.parametrize("shared", [16, 100, 255, 256, 257, 272, 300, 512, 699])
@@ -58,7 +58,7 @@ def test_fewer_tokens_than_are_worth_it_are_not_given() -> None:
     pool = Prefixes(100 * BYTES)
     ids = text(1, 600)
     pool.keep(ids, computed(ids))
-    assert found(pool, np.concatenate([ids[: SHARED - 1], text(2, 100)])) == 0
+    assert found(pool, np.concatenate([ids[: MIN_PREFIX - 1], text(2, 100)])) == 0
     cache = computed(ids[:590])
     before = cache.addresses.copy()
     assert pool.extend(ids[:600], cache) == 590  # ten tokens are computed sooner
@@ -119,11 +119,11 @@ def test_the_least_recently_used_end_is_given_up_first_and_the_bytes_are_bounded
     pool.keep(d, computed(d))
     assert pool.nbytes == 6 * BYTES
     assert [len(pool.find(np.concatenate([ids, more])).pages) for ids in (b, a, c, d)] == [1, 2, 2, 1]
-    assert pool.drop_oldest()
+    assert pool.evict_oldest()
     assert [len(pool.find(np.concatenate([ids, more])).pages) for ids in (b, a, c, d)] == [0, 2, 2, 1]
-    pool.allow(0)
+    pool.set_limit(0)
     assert pool.nbytes == 5 * BYTES  # given by the user
-    while pool.drop_oldest():
+    while pool.evict_oldest():
         pass
     assert (pool.nbytes, pool.arrays) == (0, [])
 
@@ -133,9 +133,9 @@ def test_of_a_text_that_does_not_fit_the_beginning_is_kept() -> None:
     ids = text(1, 8 * PAGE)
     pool.keep(ids, computed(ids))
     assert found(pool, ids) == 3 * PAGE
-    pool.allow(BYTES)
+    pool.set_limit(BYTES)
     assert found(pool, ids) == PAGE
-    pool.allow(0)
+    pool.set_limit(0)
     pool.keep(ids, computed(ids))
     assert found(pool, ids) == 0
 
@@ -146,7 +146,7 @@ def test_a_prefix_longer_than_a_cache_may_hold_is_refused_before_it_changes() ->
     pool.keep(ids, computed(ids))
     small = computed(ids[:20], limit=400)
     with pytest.raises(ContextLengthError):
-        pool.find(ids).give(small)
+        pool.find(ids).load_into(small)
     assert small.length == 20
 
 
@@ -199,7 +199,7 @@ def test_many_threads_use_one_pool() -> None:
                 assert np.array_equal(content(cache), marks(ids))
                 pool.keep(ids, cache)
                 if rng.random() < 0.1:
-                    pool.drop_oldest()
+                    pool.evict_oldest()
         except BaseException as error:
             problems.append(error)
 

@@ -68,7 +68,7 @@ def without_prefixes(request: pytest.FixtureRequest) -> None:
     """What earlier tests computed is computed again."""
     for name in {"model", "dense"} & set(request.fixturenames):
         request.getfixturevalue(name).prefixes.clear()
-        request.getfixturevalue(name).prefixes.allow(1 << 28)
+        request.getfixturevalue(name).prefixes.set_limit(1 << 28)
 
 
 class Text:

@@ -15,9 +15,9 @@ from npqwen.engine.hidden_tail import KEPT
 from npqwen.engine.pass_times import PassTimes
 from npqwen.errors import OutOfMemoryError
 from npqwen.generation.batch import Batch
-from npqwen.generation.draft_layer import LayerDrafter, LayerStatistics
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate
+from npqwen.generation.layer_drafter import LayerDrafter, LayerStatistics
 from npqwen.generation.speculation import PASS, Speculation
 from npqwen.generation.stream import Stream
 from npqwen.model import Model

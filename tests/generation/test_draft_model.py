@@ -12,9 +12,9 @@ import npqwen
 from npqwen.engine.pass_times import PassTimes
 from npqwen.errors import OptionError
 from npqwen.generation.batch import Batch
-from npqwen.generation.draft_model import DraftModel, ModelDrafter
 from npqwen.generation.drafting import ANSWERS, Drafting
 from npqwen.generation.generate import generate
+from npqwen.generation.model_drafter import DraftModel, ModelDrafter
 from npqwen.generation.speculation import PASS, Speculation
 from npqwen.generation.stream import Stream
 from npqwen.model import Model

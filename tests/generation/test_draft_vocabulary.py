@@ -13,10 +13,10 @@ import npqwen
 from npqwen.engine.draft_layer import DraftLayer
 from npqwen.errors import OptionError
 from npqwen.generation import draft_vocabulary
-from npqwen.generation.draft_layer import LayerStatistics
 from npqwen.generation.draft_vocabulary import LATEST, MOST_GROUPS, DraftVocabulary
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate
+from npqwen.generation.layer_drafter import LayerStatistics
 from npqwen.model import Model
 
 SIZE = 16 * 2000
@@ -142,7 +142,7 @@ def test_ids_of_the_prompt_are_guessed_beyond_the_lowest_ones(model: Model, monk
     for most in (0, MOST_GROUPS):
         monkeypatch.setattr(draft_vocabulary, "MOST_GROUPS", most)
         monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerStatistics(model)))
-        monkeypatch.setattr("npqwen.generation.drafter.TextDrafter.propose", lambda self, most: None)
+        monkeypatch.setattr("npqwen.generation.text_drafter.TextDrafter.propose", lambda self, most: None)
         found = generate(model, prompt, speculation=True, **options)
         assert found.ids == want
         accepted.append(found.usage.accepted_tokens)

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 import npqwen
-from npqwen.engine.prefix_page import SHARED
+from npqwen.engine.prefix_page import MIN_PREFIX
 from npqwen.errors import FormatError
 from npqwen.format.safetensors import make_header, read_header
-from npqwen.generation.message_borders import message_borders
+from npqwen.generation.message_starts import message_starts
 from npqwen.model import Model
 
 TURNS = 20
@@ -80,13 +80,13 @@ def test_a_conversation_with_thinking_reads_at_most_the_last_answer_again(
         again = len(prompt) - found.usage.cached_tokens
         if turn:
             new = len(prompt) - len(before)  # the answer as it is kept, and the next question
-            assert again <= new + SHARED, (turn, again, new)
+            assert again <= new + MIN_PREFIX, (turn, again, new)
         computed += again
         before = prompt
         talk.answered(found.ids)
     model.close()
     # Every token once, and the few at the beginning of each answer twice.
-    assert computed <= len(before) + SHARED * TURNS
+    assert computed <= len(before) + MIN_PREFIX * TURNS
 
 
 def test_a_common_beginning_is_read_once(path: Path, plain: Model) -> None:
@@ -116,7 +116,7 @@ def test_files_of_prefixes_are_replaced_only_if_they_lack_a_state(path: Path, tm
 
     prompt: list[int] = []
     found = []
-    for count in (300, 0, 100):  # a long prompt, the same again, and a longer one that marks other borders
+    for count in (300, 0, 100):  # a long prompt, the same again, and a longer one that marks other positions
         with npqwen.load(path, threads=1, prefix_cache=tmp_path) as model:
             prompt += Talk(model, 7).message([1000 + n for n in range(count)]) if count else []
             model.generate(prompt, max_tokens=2, temperature=0)
@@ -167,9 +167,9 @@ def test_borders_are_few_and_the_nearest_are_among_them(plain: Model) -> None:
     start = plain.tokenizer.token_id("<|im_start|>")
     assert start is not None
     ids = [start if at % 50 == 0 else 1000 for at in range(10_000)]
-    borders = message_borders(ids, plain.tokenizer)
-    assert borders[0] == 50
-    assert borders[-3:] == [9850, 9900, 9950]
-    assert len(borders) < 24
-    assert message_borders([1000] * 1000, plain.tokenizer) == [992]
-    assert message_borders([1000] * 10, plain.tokenizer) == []
+    starts = message_starts(ids, plain.tokenizer)
+    assert starts[0] == 50
+    assert starts[-3:] == [9850, 9900, 9950]
+    assert len(starts) < 24
+    assert message_starts([1000] * 1000, plain.tokenizer) == [992]
+    assert message_starts([1000] * 10, plain.tokenizer) == []

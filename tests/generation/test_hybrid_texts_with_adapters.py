@@ -13,8 +13,8 @@ from lora import write_adapter
 
 import npqwen
 from npqwen.generation.batch import Batch
-from npqwen.generation.draft_layer import LayerStatistics
 from npqwen.generation.drafting import Drafting
+from npqwen.generation.layer_drafter import LayerStatistics
 from npqwen.generation.session import Session
 from npqwen.generation.stream import Stream
 from npqwen.model import Model, load

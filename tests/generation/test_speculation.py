@@ -15,12 +15,12 @@ from npqwen.chat.events import Finish
 from npqwen.engine.pass_times import PassTimes
 from npqwen.engine.piece import Piece
 from npqwen.generation.batch import Batch
-from npqwen.generation.drafter import KEY, TextDrafter
 from npqwen.generation.drafting import Drafting
 from npqwen.generation.generate import generate
 from npqwen.generation.session import Session
 from npqwen.generation.speculation import PASS, Speculation
 from npqwen.generation.stream import Stream
+from npqwen.generation.text_drafter import KEY, TextDrafter
 from npqwen.model import Model
 
 PERIOD = list(range(100, 120))

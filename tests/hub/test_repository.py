@@ -22,7 +22,7 @@ from huggingface_hub.errors import HFValidationError
 
 from npqwen import hub
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
-from npqwen.hub import record, room
+from npqwen.hub import disk_space, record
 from npqwen.hub.repository import download_directory
 
 pytestmark = pytest.mark.usefixtures("cache")
@@ -292,7 +292,7 @@ def test_what_an_interrupted_conversion_has_written_needs_no_room(
     with pytest.raises(KeyboardInterrupt):
         hub.resolve("org/name", bits=16, progress=interrupt)
     # The conversion takes 9 MB and 1 MB of reserve; half of it lies there.
-    usage = shutil.disk_usage(tmp_path)._replace(free=room._RESERVE + 5_500_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=disk_space._RESERVE + 5_500_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OutputError, match="for the conversion"):
         hub.convert("org/name", tmp_path / "cache" / "elsewhere", bits=16)
@@ -303,7 +303,7 @@ def test_too_little_disk_is_refused_before_the_download(
     fake_hub: FakeHub, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake_hub.publish("org/name", checkpoint)
-    usage = shutil.disk_usage(tmp_path)._replace(free=room._RESERVE + 100_000)
+    usage = shutil.disk_usage(tmp_path)._replace(free=disk_space._RESERVE + 100_000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     with pytest.raises(OutputError) as caught:
         hub.resolve("org/name")

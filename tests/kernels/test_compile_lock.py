@@ -89,7 +89,7 @@ def test_the_lock_of_a_killed_process_is_taken(lock: Path, content: bytes) -> No
 
 
 def test_a_suspended_process_is_not_waited_for_forever(lock: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile_lock, "PATIENCE", 0.1)
+    monkeypatch.setattr(compile_lock, "TIMEOUT", 0.1)
     with open(lock, "wb") as file:
         assert try_lock(file)
         assert load(lock.parent) == [(0, FUNCTIONS), *COMPILED]

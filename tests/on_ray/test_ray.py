@@ -115,9 +115,9 @@ def test_vectors(model: Path, tmp_path: Path) -> None:
         assert (row["embedding"] == expected[row["id"]]).all()
 
 
-def test_beginnings_grow_with_the_conversation() -> None:
+def test_digests_grow_with_the_conversation() -> None:
     def of(**body: Any) -> list[str]:
-        return on_ray.beginnings_of(json.dumps(body).encode())
+        return on_ray.prefix_digests(json.dumps(body).encode())
 
     turn = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "A"}]
     first, second = of(messages=turn), of(messages=[*turn, {"role": "assistant", "content": "B"}])
@@ -126,7 +126,7 @@ def test_beginnings_grow_with_the_conversation() -> None:
     assert of(messages=turn, tools=[1])[0] != first[0]
     assert len(of(prompt="x" * 3000)) == 3
     assert of(prompt="x" * 1024 + "a")[0] == of(prompt="x" * 1024 + "b")[0]
-    assert of(prompt=7) == on_ray.beginnings_of(b"{") == on_ray.beginnings_of(b"[1]") == []
+    assert of(prompt=7) == on_ray.prefix_digests(b"{") == on_ray.prefix_digests(b"[1]") == []
 
 
 def post(body: dict[str, Any]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from checkpoints import read_safetensors
 from hybrids import HYBRIDS, hybrid_checkpoint
 
 from npqwen import load
-from npqwen.engine.recurrent_states import Recurrent
+from npqwen.engine.recurrent_states import RecurrentShape
 from npqwen.engine.substitution import parts
 from npqwen.reports.conversion_plan import plan_conversion
 from npqwen.reports.evaluation import evaluate
@@ -47,7 +47,7 @@ def test_sizes_are_those_of_the_files(tmp_path: Path, hybrid: Callable[[str, int
 
 def test_what_info_says_of_the_recurrence(hybrid: Callable[[str, int], Path]) -> None:
     info = inspect(hybrid("next", 4))
-    shape = Recurrent.of(info.config)
+    shape = RecurrentShape.of(info.config)
     assert shape is not None
     assert shape.nbytes == 3 * 4 * (4 * 32 * 32 + 3 * 256)
     lines = describe(info).splitlines()

@@ -17,7 +17,7 @@ from serving import wait_until
 
 import npqwen
 from npqwen.chat.events import CallStart, Finish, Notice, Reasoning, Text
-from npqwen.engine.prefix_page import SHARED
+from npqwen.engine.prefix_page import MIN_PREFIX
 from npqwen.errors import ClosedError, ContextLengthError, OptionError, QueueFullError
 from npqwen.server.requests import ChatRequest, TextRequest
 from npqwen.server.run import Completed, Progress, Run, Scored
@@ -328,7 +328,7 @@ def test_a_next_turn_reads_only_what_is_new_and_a_changed_one_from_where_it_diff
     with working(tiny_model) as worker:
         first, other, next_turn, another, fork = run(body(worker))
     assert first[1] == other[1] == 0
-    assert next_turn[1] >= first[0] - 4 - SHARED  # all of it but the beginning of the answer
+    assert next_turn[1] >= first[0] - 4 - MIN_PREFIX  # all of it but the beginning of the answer
     assert another[1] >= first[0] - 20
     assert first[0] - 40 <= fork[1] < another[1]
 

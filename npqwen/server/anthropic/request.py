@@ -10,7 +10,7 @@ from npqwen.server.anthropic.conversation import read_messages, read_tools
 from npqwen.server.fields import FieldError, Fields
 from npqwen.server.reasoning_fields import EFFORTS, ReasoningFields
 from npqwen.server.requests import ChatRequest
-from npqwen.server.system_turns import placed
+from npqwen.server.system_turns import with_allowed_system_turns
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -51,7 +51,7 @@ def read_request(body: Fields, model: Model) -> MessagesRequest:
     body.ignore("model", "metadata", "service_tier", "container", "mcp_servers", "context_management", "betas")
     request = MessagesRequest(
         ChatRequest(
-            placed(read_messages(body), model.chat_template),
+            with_allowed_system_turns(read_messages(body), model.chat_template),
             cast(ChatOptions, {name: value for name, value in options.items() if value is not None}),
             fields={} if format is None else {"schema": format.place("schema")},
         ),

@@ -17,7 +17,7 @@ from npqwen.server.anthropic.request import read_request
 from npqwen.server.fields import Fields, read_fields
 from npqwen.server.json_text import JSONReply, server_sent
 from npqwen.server.streaming import StreamedRun, until_disconnected
-from npqwen.server.waiting import soon
+from npqwen.server.waiting import response_or_keepalives
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -35,7 +35,7 @@ def routes(models: Models) -> list[Route]:
     async def messages(request: Request, id: str) -> Response:
         body = await read_fields(request)
         if body.flag("stream"):
-            return await soon(request, stream(body, id), _Pings(id))
+            return await response_or_keepalives(request, stream(body, id), _Pings(id))
         run, message = await begin(body)
         return JSONReply(await until_disconnected(request, _finished(run, message), run))
 
@@ -74,7 +74,7 @@ async def _finished(run: Run, message: Message) -> dict[str, Any]:
 
 
 class _Pings:
-    """Pings as keepalives, and an error as an event; see `Manner`."""
+    """Pings as keepalives, and an error as an event; see `KeepaliveFormat`."""
 
     media_type = "text/event-stream"
 

@@ -20,7 +20,7 @@ from npqwen.server.json_text import JSONReply
 from npqwen.server.ollama.answer import Head, Lines, whole
 from npqwen.server.requests import ChatRequest, TextRequest
 from npqwen.server.streaming import StreamedRun, until_disconnected
-from npqwen.server.waiting import soon
+from npqwen.server.waiting import response_or_keepalives
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -34,7 +34,7 @@ async def answer(
 ) -> Response:
     """Run a request, and answer in one piece or as a stream, as the body sets. wanted(model): the model's request."""
     if body.stream:
-        return await soon(request, _stream(models, head, body, wanted), Lines(head))
+        return await response_or_keepalives(request, _stream(models, head, body, wanted), Lines(head))
     run = await _run(models, head, body, wanted)
     results = await until_disconnected(request, run.results(), run)
     return JSONReply(whole(head, results[0]))

@@ -13,7 +13,7 @@ from npqwen.server.logprobs import TOP_LOGPROBS
 from npqwen.server.ollama.options import Options, read_options
 from npqwen.server.reasoning_fields import EFFORTS, ReasoningFields
 from npqwen.server.requests import ChatRequest
-from npqwen.server.system_turns import placed
+from npqwen.server.system_turns import with_allowed_system_turns
 
 if TYPE_CHECKING:
     from npqwen.chat.messages import Message
@@ -47,7 +47,8 @@ class Body:
             **self.reasoning.options(model, "tools" in tools),
             **tools,
         }
-        return ChatRequest(placed(messages, model.chat_template), cast(ChatOptions, options), fields=STRUCTURE_FIELD)
+        allowed = with_allowed_system_turns(messages, model.chat_template)
+        return ChatRequest(allowed, cast(ChatOptions, options), fields=STRUCTURE_FIELD)
 
 
 def read_body(fields: Fields) -> Body:

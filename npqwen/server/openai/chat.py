@@ -15,7 +15,7 @@ from npqwen.server.openai.chat_reply import chat_reply
 from npqwen.server.openai.chat_request import ChatBody, chat_body
 from npqwen.server.openai.errors import error_event
 from npqwen.server.streaming import StreamedRun, until_disconnected
-from npqwen.server.waiting import CommentManner, soon
+from npqwen.server.waiting import CommentKeepalives, response_or_keepalives
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models
@@ -26,7 +26,7 @@ async def chat_completions(models: Models, request: Request) -> Response:
     """Answer a conversation, in one piece or as a stream. Raises what the request's fields, model and worker raise."""
     body = chat_body(await read_fields(request))
     if body.stream:
-        return await soon(request, _stream(models, body), CommentManner(error_event))
+        return await response_or_keepalives(request, _stream(models, body), CommentKeepalives(error_event))
     run, head, special_ids = await _begin(models, body)
     replies = await until_disconnected(request, run.replies(), run)
     return JSONReply(chat_reply(head, replies, body.shown, special_ids))

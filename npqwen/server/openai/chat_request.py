@@ -14,7 +14,7 @@ from npqwen.server.openai.chat_messages import chat_messages
 from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
 from npqwen.server.reasoning_fields import ReasoningFields, Shown, reasoning_fields
 from npqwen.server.requests import ChatRequest
-from npqwen.server.system_turns import placed
+from npqwen.server.system_turns import with_allowed_system_turns
 from npqwen.server.tool_fields import tool_options
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ class ChatBody:
     def request(self, model: Model) -> ChatRequest:
         """The request for this model; OptionError for fields that it does not support."""
         options = self.options | self.reasoning.options(model, "tools" in self.options)
-        messages = placed(self.messages, model.chat_template)
+        messages = with_allowed_system_turns(self.messages, model.chat_template)
         return ChatRequest(messages, cast(ChatOptions, options), self.n, self.places)
 
 

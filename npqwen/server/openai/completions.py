@@ -15,7 +15,7 @@ from npqwen.server.openai.completion_request import CompletionBody, completion_b
 from npqwen.server.openai.errors import error_event
 from npqwen.server.openai.prompts_run import PromptsRun
 from npqwen.server.streaming import StreamedRun, until_disconnected
-from npqwen.server.waiting import CommentManner, soon
+from npqwen.server.waiting import CommentKeepalives, response_or_keepalives
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models
@@ -25,7 +25,7 @@ async def completions(models: Models, request: Request) -> Response:
     """Continue texts, in one piece or as a stream. Raises what the request's fields, model and worker raise."""
     body = completion_body(await read_fields(request))
     if body.stream:
-        return await soon(request, _stream(models, body), CommentManner(error_event))
+        return await response_or_keepalives(request, _stream(models, body), CommentKeepalives(error_event))
     run, head, echoes, special_ids = await _begin(models, body)
     results = await until_disconnected(request, run.completions(), run)
     return JSONReply(completion_reply(head, results, echoes, special_ids))

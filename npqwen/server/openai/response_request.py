@@ -11,7 +11,7 @@ from npqwen.server.openai.response_items import read_messages
 from npqwen.server.openai.response_tools import ClientTools, read_tool_choice, read_tools
 from npqwen.server.reasoning_fields import reasoning_fields
 from npqwen.server.requests import ChatRequest
-from npqwen.server.system_turns import placed
+from npqwen.server.system_turns import with_allowed_system_turns
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -76,7 +76,7 @@ def read_request(body: Fields, model: Model) -> ResponsesRequest:
     body.ignore(*_TOLERATED)
     request = ResponsesRequest(
         ChatRequest(
-            placed(read_messages(body, items), model.chat_template),
+            with_allowed_system_turns(read_messages(body, items), model.chat_template),
             cast(ChatOptions, {name: value for name, value in options.items() if value is not None}),
             fields={"schema": "text.format.schema"},
         ),

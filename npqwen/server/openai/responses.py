@@ -18,7 +18,7 @@ from npqwen.server.openai.response_events import Answer
 from npqwen.server.openai.response_request import read_request
 from npqwen.server.openai.response_tools import ClientTools
 from npqwen.server.streaming import StreamedRun, until_disconnected
-from npqwen.server.waiting import CommentManner, soon
+from npqwen.server.waiting import CommentKeepalives, response_or_keepalives
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models
@@ -30,7 +30,8 @@ async def create_response(models: Models, request: Request) -> Response:
     body = await read_fields(request)
     name = body.text("model")
     if body.flag("stream"):
-        return await soon(request, _stream(models, body, name), CommentManner(partial(_only_error, name or "")))
+        keepalives = CommentKeepalives(partial(_only_error, name or ""))
+        return await response_or_keepalives(request, _stream(models, body, name), keepalives)
     worker = await models.worker(name)
     wanted = read_request(body, worker.model)
     answer = Answer(name or worker.model.name, wanted.echo, wanted.tools, summary=wanted.summary)

@@ -21,6 +21,7 @@ from npqwen.engine.hidden_tail import KEPT, HiddenTail
 from npqwen.errors import NpqwenError
 from npqwen.generation.draft_statistics import DraftStatistics, DraftToken
 from npqwen.generation.draft_vocabulary import DraftVocabulary
+from npqwen.generation.drafting import CATCH_UP
 
 if TYPE_CHECKING:
     from npqwen.engine.draft_layer import DraftLayer
@@ -32,8 +33,6 @@ _TRIED = 32
 """Draft tokens with each kind of state before one kind is chosen."""
 _TURN = 8
 """Until then, the kind of state alternates after this many draft tokens."""
-_CATCHING_UP = 32
-"""The most tokens that one pass catches up on together with the first draft token."""
 
 
 class DraftingModel(Protocol):
@@ -135,7 +134,7 @@ class LayerDrafter:
             self._held = min(self._held, last - 1)  # the last token is always run: its logits are not kept
             self._cache.truncate(self._held - self._first)  # discards draft tokens
             self._vocabulary.follow(self._ids)
-            if last - self._held > _CATCHING_UP:
+            if last - self._held > CATCH_UP:
                 self._run(last - 1)
         except NpqwenError:  # there is not enough memory
             self.close()
@@ -157,7 +156,7 @@ class LayerDrafter:
         place = self._vocabulary.best()
         token = known.token(place, self._vocabulary.logits[0])
         if alone:
-            known.measured(time.perf_counter() - start)
+            known.add_seconds(time.perf_counter() - start)
         return token._replace(id=self._vocabulary.id(place))
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from npqwen.errors import NpqwenError, OptionError
 from npqwen.generation.draft_statistics import RECENT, DraftStatistics, DraftToken, enough_ids
+from npqwen.generation.drafting import CATCH_UP
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
@@ -21,8 +22,6 @@ _ADDED = 128
 """The most tokens by which two vocabularies may differ in size, as Qwen3's does from that of an earlier release."""
 _PARTS = (1 / 4, 1 / 2)
 """Fractions of the vocabulary that may be enough, see `enough_ids`."""
-_CATCHING_UP = 32
-"""The most tokens that one pass catches up on together with the first draft token."""
 
 
 class DraftModel(DraftStatistics):
@@ -97,13 +96,13 @@ class ModelDrafter:
             if len(self._ids) >= self._viewed + RECENT // 8 or not self._viewed:
                 self._choose_vocabulary()
             missing = self._ids[len(self._held) : -1][: model.chunk]
-            if len(missing) > _CATCHING_UP:
+            if len(missing) > CATCH_UP:
                 self._run(missing)
         except NpqwenError:  # there is not enough memory, or the draft model's context is too short
             self.close()
             self._failed = True
             return False
-        return len(self._ids) - len(self._held) <= _CATCHING_UP + 1
+        return len(self._ids) - len(self._held) <= CATCH_UP + 1
 
     def next(self, drafted: list[int]) -> DraftToken | None:
         """The likeliest token after the text and the tokens `drafted`; None if memory or context is too small."""
@@ -116,7 +115,7 @@ class ModelDrafter:
             return None
         token = self.draft.best(self._logits[0, : self.draft.vocab_size])
         if len(missing) == 1:
-            self.draft.measured(time.perf_counter() - start)
+            self.draft.add_seconds(time.perf_counter() - start)
         return token
 
     def close(self) -> None:

@@ -28,7 +28,7 @@ def converted_bytes(config: Config, recipe: Recipe, weights: int) -> int | None:
     return total
 
 
-def check_room(label: str, needs: Mapping[Path, tuple[str, int]], advice: str) -> None:
+def check_disk_space(label: str, needs: Mapping[Path, tuple[str, int]], advice: str) -> None:
     """Raise OutputError unless the disks have room.
 
     needs: for each directory, which may not exist yet, a phrase that says what goes there, and its bytes. advice: a
