@@ -1,4 +1,4 @@
-"""Progress bars of `npqwen.load` and `npqwen_quant.convert`: the only output of the library."""
+"""Progress bars of `npqwen.load`, `npqwen_quant.convert` and the commands; the library prints nothing else."""
 
 from __future__ import annotations
 
@@ -23,13 +23,15 @@ class Bars:
     """Bars on stderr, one after another, by tqdm; in a Jupyter notebook with ipywidgets, widgets.
 
     shown: None shows them if stderr is a terminal or a notebook's, True always, False never. tqdm's own environment
-    variables apply, too: TQDM_DISABLE=1 switches all bars off. A context manager, which removes an unfinished bar.
+    variables apply, too: TQDM_DISABLE=1 switches all bars off. transient: bars appear at once, also for short tasks,
+    and disappear at their end. A context manager, which closes an unfinished bar.
     """
 
-    def __init__(self, shown: bool | None = None) -> None:
+    def __init__(self, shown: bool | None = None, *, transient: bool = False) -> None:
         if shown is not None and not isinstance(shown, bool):
             raise OptionError(f"progress is {quoted(shown)}; it must be True, False, None or a function")
         self.shown = _is_interactive() if shown is None else shown
+        self._style = {"delay": 0, "leave": False} if transient else {"delay": _DELAY}
         self._bar: Any = None
         self._task = ""
         if self.shown and "ipykernel" in sys.modules:
@@ -39,7 +41,7 @@ class Bars:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._close()
+        self.close()
 
     def of(self, task: str, unit: str = "B") -> Progress | None:
         """A function (done, total) that shows the progress of a task; None if bars are not shown."""
@@ -47,14 +49,15 @@ class Bars:
 
     def _show(self, task: str, unit: str, done: int, total: int) -> None:
         if self._bar is None or self._task != task:
-            self._close()
+            self.close()
             self._task = task
-            self._bar = _tqdm()(desc=task, total=total, unit=unit, unit_scale=unit == "B", delay=_DELAY)
+            self._bar = _tqdm()(desc=task, total=total, unit=unit, unit_scale=unit == "B", **self._style)
         self._bar.update(done - self._bar.n)
         if done >= total:
-            self._close()
+            self.close()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Close the unfinished bar, if there is one."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

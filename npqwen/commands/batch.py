@@ -87,7 +87,7 @@ def batch(
                 output,
                 model=answering,
                 ordered=not any_order,
-                progress=terminal.batch_progress,
+                progress=terminal.progress("answering", " requests"),
             )
             seconds = time.perf_counter() - start
             failed = f", {counts.failed} of them with an error" if counts.failed else ""

@@ -97,7 +97,7 @@ def bench(
         for number in counts:
             loading = Loading(threads=number, context=context, yarn=yarn, kv=kv)
             with closing(open_model(converted, loading, terminal)) as loaded:
-                progress = terminal.benchmark_progress
+                progress = terminal.progress("measuring", " runs")
                 reports.append(benchmark(loaded, prefill, decode, depth, repeat, progress=progress))
                 speed = Report.merged(reports)
                 facts = collect(loaded, speed)

@@ -78,9 +78,9 @@ class OwnText:
             terminal.notice(
                 f"the model writes the text for the calibration; first it is converted to {_WRITER_BITS} bits"
             )
-            convert(source, writer, _WRITER_BITS, force=True, progress=terminal.conversion_progress)
+            convert(source, writer, _WRITER_BITS, force=True, progress=terminal.progress("converting"))
             with closing(Model(writer, on_compile=terminal.compilation_progress)) as model:
-                ids = own_text.write_own_text(model, progress=terminal.writing_progress)
+                ids = own_text.write_own_text(model, progress=terminal.progress("writing", " tokens"))
             shutil.rmtree(writer, ignore_errors=True)  # calibration needs its disk space
             return ids
 
@@ -94,7 +94,7 @@ class OwnText:
         from npqwen.generation.own_text import write_own_text
 
         sequences = MEASURED_TOKENS // _OWN_TOKENS
-        progress = self._terminal.writing_progress
+        progress = self._terminal.progress("writing", " tokens")
         return "the model's own text", write_own_text(model, sequences, _OWN_TOKENS, seed=_SEED, progress=progress)
 
 

@@ -109,10 +109,10 @@ def convert(
             force=force,
             low_disk=low_disk,
             notice=terminal.notice,
-            progress=terminal.conversion_progress,
+            progress=terminal.progress("converting"),
             download_bars=terminal.shows_bars,
             calibration=None if text is None else text.calibration,
-            calibration_progress=terminal.calibration_progress,
+            calibration_progress=terminal.progress("calibrating"),
             adapters=merged,
             measure=None
             if measured is None or no_evaluate
@@ -149,7 +149,7 @@ def _measurement(
                     "nothing is measured: the text is too short to hold a part out; give another one with --evaluate"
                 )
                 return
-            record = evaluate_conversion(model, source, ids, name, terminal.evaluation_progress, adapters)
+            record = evaluate_conversion(model, source, ids, name, terminal.progress("evaluating", " tokens"), adapters)
         store_evaluation(converted, record)
         terminal.notice(evaluation_line(record))
 

@@ -93,7 +93,7 @@ def _vectors(
     """The vectors of the block of texts that starts at `records[at]`: (texts, dimensions)."""
 
     def progress(done: int, total: int) -> None:
-        terminal.reading_progress(at + done, len(records))
+        terminal.progress("reading", " texts")(at + done, len(records))
 
     texts = [record.text for record in records[at : at + _BLOCK]]
     return model.embed(texts, instruction, dimensions, truncate=truncate, progress=progress)

@@ -110,7 +110,7 @@ def eval(
             stride=stride,
             prompts=prompts,
             layers=layers,
-            progress=terminal.evaluation_progress,
+            progress=terminal.progress("evaluating", " tokens"),
         )
         found = replace(found, model=model, against=against)  # cache directories have no readable names
         terminal.text((json.dumps(found.as_dict(), indent=2) if as_json else found.as_markdown()) + "\n")

@@ -239,7 +239,7 @@ def resolve(
             purpose=purpose,
             low_disk=low_disk,
             notice=terminal.notice,
-            progress=terminal.conversion_progress,
+            progress=terminal.progress("converting"),
             download_bars=terminal.shows_bars,
         )
 

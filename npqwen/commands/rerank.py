@@ -49,7 +49,7 @@ def rerank(
         started = time.perf_counter()
         documents = [record.text for record in records]
         with json_lines(output, terminal) as write:
-            ranking = loaded.rerank(query, documents, task, progress=terminal.reading_progress)
+            ranking = loaded.rerank(query, documents, task, progress=terminal.progress("reading", " texts"))
             seconds = time.perf_counter() - started
             for index in ranking.order[:top]:
                 write({**records[index].fields, "index": index, "score": float(ranking.scores[index])})

@@ -29,7 +29,7 @@ def verify(models: tuple[str, ...], quiet: bool) -> None:
         places = {path: advice for model in models for path, advice in _converted(model).items()}
         damaged = []
         for path in places:
-            found = verified(path, terminal.verification_progress)
+            found = verified(path, terminal.progress("verifying"))
             terminal.clear_bar()
             terminal.text(found.describe() + "\n")
             if found.damage:

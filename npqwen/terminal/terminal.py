@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from typing import Any, TextIO
 
 from npqwen.errors import OutputError
+from npqwen.progress import Bars, Progress
 from npqwen.terminal.row_printer import RowPrinter
 from npqwen.terminal.styles import PLAIN
 from npqwen.terminal.word_wrap import WordWrap
@@ -54,8 +55,8 @@ class Terminal:
         """Whether the last text on stdout did not end with a newline."""
         self._text_is_new = False
         """Whether there has been text since the last line on stderr."""
-        self._bar: Any = None
-        self._task = ""
+        self._told_of_compiling = False
+        self._bars = Bars(self.shows_bars, transient=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # the error handler of paths
 
@@ -189,69 +190,25 @@ class Terminal:
 
     # --- progress bars, on stderr ---
 
-    def conversion_progress(self, done: int, total: int) -> None:
-        """Show progress of a conversion, in bytes."""
-        self._progress("converting", "B", done, total)
-
-    def calibration_progress(self, done: int, total: int) -> None:
-        """Show progress of a calibration, in bytes of matrices."""
-        self._progress("calibrating", "B", done, total)
-
-    def verification_progress(self, done: int, total: int) -> None:
-        """Show progress of reading a model to verify it, in bytes."""
-        self._progress("verifying", "B", done, total)
-
-    def writing_progress(self, done: int, total: int) -> None:
-        """Show progress of a text that the model writes for calibration or measurement, in tokens."""
-        self._progress("writing", " tokens", done, total)
+    def progress(self, task: str, unit: str = "B") -> Progress:
+        """A function (done, total) that shows the progress of a task; it does nothing if bars are not shown."""
+        return self._bars.of(task, unit) or (lambda done, total: None)
 
     def prompt_progress(self, done: int, total: int) -> None:
         """Show progress of a prompt, in tokens. A short one needs no bar."""
         if total > 256:
-            self._progress("reading the prompt", " tokens", done, total)
-
-    def reading_progress(self, done: int, total: int) -> None:
-        """Show progress of embedding or reranking, in texts."""
-        self._progress("reading", " texts", done, total)
-
-    def benchmark_progress(self, done: int, total: int) -> None:
-        """Show progress of a benchmark, in runs."""
-        self._progress("measuring", " runs", done, total)
-
-    def batch_progress(self, done: int, total: int) -> None:
-        """Show progress of a batch, in requests."""
-        self._progress("answering", " requests", done, total)
-
-    def evaluation_progress(self, done: int, total: int) -> None:
-        """Show progress of an evaluation, in tokens run."""
-        self._progress("evaluating", " tokens", done, total)
+            self.progress("reading the prompt", " tokens")(done, total)
 
     def compilation_progress(self, done: int, total: int) -> None:
         """Show progress of the compilation, in kernels; without a terminal, one line that explains the delay."""
-        if self.shows_bars:
-            self._progress("compiling kernels (once)", "", done, total)
-        elif self._task != "compiling":
-            self._task = "compiling"
+        self.progress("compiling kernels (once)", "")(done, total)
+        if not self.shows_bars and not self._told_of_compiling:
+            self._told_of_compiling = True
             self.notice("compiling kernels (once on this machine for each kind of model and cache)")
-
-    def _progress(self, task: str, unit: str, done: int, total: int) -> None:
-        if not self.shows_bars:
-            return
-        if self._bar is None or self._task != task:
-            from tqdm import tqdm
-
-            self.clear_bar()
-            self._task = task
-            self._bar = tqdm(desc=task, total=total, unit=unit, unit_scale=unit == "B", leave=False)
-        self._bar.update(done - self._bar.n)
-        if done >= total:
-            self.clear_bar()
 
     def clear_bar(self) -> None:
         """Remove the progress bar, if there is one."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        self._bars.close()
 
     # --- the keyboard ---
 

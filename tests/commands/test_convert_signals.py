@@ -18,11 +18,11 @@ from npqwen.commands.cli import main
 from npqwen.terminal.terminal import Terminal
 if sys.argv.pop(1) == "long":
     npqwen_quant.writer.SYNC_BYTES, npqwen_quant.steps.WEIGHTS = 1, 3000
-def wait(self, done, total):
+def wait(done, total):
     if done > total // 2:
         print("half", flush=True)
         time.sleep(60)
-Terminal.conversion_progress = wait
+Terminal.progress = lambda self, task: wait
 main(sys.argv[1:])
 """
 
