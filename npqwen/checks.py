@@ -7,7 +7,8 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
+from npqwen.wording import alternatives, quoted
 
 
 def check_whole(name: str, value: Any, low: int = 0, high: int | None = None) -> int:
@@ -77,7 +78,7 @@ def suggestion(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | N
     """
     known = list(known)
     near = near_names(name, known, elsewhere)
-    return f"did you mean {choice(near)}?" if near else f"choose from {', '.join(known)}"
+    return f"did you mean {alternatives(near)}?" if near else f"choose from {', '.join(known)}"
 
 
 def near_names(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> list[str]:
@@ -97,11 +98,6 @@ def near_names(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | N
 
     by_plain = {_plain(one): one for one in known}
     return [by_plain[one] for one in difflib.get_close_matches(plain, by_plain, 1)]
-
-
-def choice(names: list[str]) -> str:
-    """ "a", "a or b", "a, b or c"."""
-    return " or ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _plain(name: str) -> str:

@@ -15,7 +15,7 @@ from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.chat.template_files import TemplateFiles
 from npqwen.checks import check_path, check_progress
 from npqwen.engine.engine import Engine
-from npqwen.errors import NpqwenError, OptionError, quoted
+from npqwen.errors import NpqwenError, OptionError
 from npqwen.format.task import Task, check_task
 from npqwen.generation import generate as text
 from npqwen.generation.completion import Completion
@@ -34,6 +34,7 @@ from npqwen.retrieval.reader import Reader
 from npqwen.retrieval.reranker import Reranker
 from npqwen.retrieval.task_files import TaskFiles
 from npqwen.tokenizer import Tokenizer
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     import os

@@ -7,7 +7,8 @@ import warnings
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Self

@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 import npqwen
-from npqwen.errors import NpqwenError, OptionError, quoted
+from npqwen.errors import NpqwenError, OptionError
+from npqwen.wording import quoted
 
 try:
     import ray

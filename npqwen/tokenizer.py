@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
 from npqwen.checks import check_ids
-from npqwen.errors import CheckpointError, OptionError, quoted, shortened
+from npqwen.errors import CheckpointError, OptionError
 from npqwen.format.tokenizer_file import read_tokenizer
+from npqwen.wording import quoted, shortened
 
 Kept = TypeVar("Kept")
 _BLANKS = re.compile(r"\s*")

@@ -35,13 +35,13 @@ LAYERS = (
     "npqwen.format",
     "npqwen.hardware npqwen.atomic_file npqwen.cache_directory npqwen.file_lock",
     "npqwen.checks npqwen.progress",
-    "npqwen.errors",
+    "npqwen.errors npqwen.wording",
 )
 """From top to bottom. A package or module imports from its own entry and from those below."""
 
 SHARED = {
     "npqwen.atomic_file", "npqwen.checks", "npqwen.errors", "npqwen.file_lock", "npqwen.format", "npqwen.hardware",
-    "npqwen.progress",
+    "npqwen.progress", "npqwen.wording",
 }  # fmt: skip
 """What npqwen_quant uses of npqwen, beside `npqwen.kernels.compiled`, the cache of machine code, and
 `npqwen.engine.rope`, which is plain NumPy."""

@@ -10,10 +10,11 @@ from npqwen.chat.call_structure import find_tools
 from npqwen.chat.chat_model import ChatModel
 from npqwen.chat.prompter import Prompter
 from npqwen.checks import suggestion
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.generation.option import Option, option_table
 from npqwen.generation.options import ELSEWHERE, OPTIONS, GenerationOptions, check_options
 from npqwen.tools.toolbox import Tool, as_tools
+from npqwen.wording import quoted
 
 _NOT_FOR_TEMPLATES = ("messages", "tools", "thinking", "add_generation_prompt")
 

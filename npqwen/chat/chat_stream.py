@@ -14,12 +14,13 @@ from npqwen.chat.events import AnswerEvent, ChatFinishReason, Event, Finish, Not
 from npqwen.chat.messages import Message, checked
 from npqwen.chat.prepared_answer import GREEDY, Prompts, prepare
 from npqwen.checks import check_whole
-from npqwen.errors import ContextLengthError, OptionError, SamplingWarning, quoted, user_stacklevel
+from npqwen.errors import ContextLengthError, OptionError, SamplingWarning, user_stacklevel
 from npqwen.generation.async_iteration import AsyncSteps, awaited
 from npqwen.generation.batch import Batch
 from npqwen.generation.completion import Usage
 from npqwen.generation.session import Session, check_session
 from npqwen.tools.toolbox import ToolResult, error_text
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -21,9 +21,10 @@ from npqwen.chat.call_structure import CallStyle
 from npqwen.chat.messages import Message, checked, joined
 from npqwen.chat.template_files import SPECIAL, TemplateFiles
 from npqwen.chat.template_sandbox import MAX_SOURCE, LimitedEnvironment
-from npqwen.errors import CheckpointError, OptionError, quoted, shortened
+from npqwen.errors import CheckpointError, OptionError
 from npqwen.structure.json_values import plain
 from npqwen.tools.toolbox import Tool, as_tools
+from npqwen.wording import quoted, shortened
 
 Thinking = Literal["switch", "always", "never"]
 

@@ -19,10 +19,11 @@ from npqwen.chat.saved_conversation import SavedConversation
 from npqwen.chat.window import Window
 from npqwen.checks import check_path
 from npqwen.engine import snapshot
-from npqwen.errors import NpqwenError, OptionError, quoted
+from npqwen.errors import NpqwenError, OptionError
 from npqwen.generation.option import with_options
 from npqwen.generation.options import OPTIONS
 from npqwen.generation.session import Session
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

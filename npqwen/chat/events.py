@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from npqwen.errors import quoted
 from npqwen.generation.completion import TokenLogprobs, Usage
 from npqwen.structure.structure import Structured
 from npqwen.tools.calls import ToolCall
 from npqwen.tools.toolbox import ToolResult
+from npqwen.wording import quoted
 
 ChatFinishReason = Literal["stop", "length", "loop", "tool_calls"]
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.structure.json_values import plain
+from npqwen.wording import quoted
 
 Message = dict[str, Any]
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from npqwen.chat.messages import Message, checked
-from npqwen.errors import FormatError, OptionError, quoted
+from npqwen.errors import FormatError, OptionError
 from npqwen.format.files import SMALL, read_small
+from npqwen.wording import quoted
 
 FORMAT, VERSION = "npqwen-conversation", 1
 

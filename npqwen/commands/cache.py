@@ -9,8 +9,8 @@ import click
 
 from npqwen.commands.confirm import confirm, yes_option
 from npqwen.commands.options import Command
-from npqwen.errors import size
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import size
 
 if TYPE_CHECKING:
     from npqwen.hub.leftovers import Leftover

@@ -15,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.commands.eval import read_texts
-from npqwen.errors import OptionError, counted
+from npqwen.errors import OptionError
 from npqwen.format.small_files import TOKENIZER
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import counted
 
 if TYPE_CHECKING:
     from npqwen_quant.calibration import Calibration

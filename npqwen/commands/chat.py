@@ -27,9 +27,10 @@ from npqwen.commands.options import (
     keyboard_notice,
     stdin_text,
 )
-from npqwen.errors import OptionError, SamplingWarning, counted
+from npqwen.errors import OptionError, SamplingWarning
 from npqwen.generation.options import CHAT_DEFAULTS, check_options
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import counted
 
 if TYPE_CHECKING:
 

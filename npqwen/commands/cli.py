@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
-from npqwen.checks import choice, near_names
+from npqwen.checks import near_names
 from npqwen.commands.options import Command, check_numba
 from npqwen.errors import NpqwenError
 from npqwen.terminal.terminal import Terminal, discard, one_line
+from npqwen.wording import alternatives
 
 FAILED = 2
 INTERRUPTED = 130
@@ -50,7 +51,7 @@ class _Group(Command, click.Group):
         if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:  # set during shell completion
             return super().resolve_command(ctx, args)
         near = near_names(name, COMMANDS, _ELSEWHERE)
-        hint = f"; did you mean {choice(near)}?" if near else ""
+        hint = f"; did you mean {alternatives(near)}?" if near else ""
         raise click.UsageError(f"No such command '{name}'{hint}", ctx)
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:

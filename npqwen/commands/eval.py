@@ -22,8 +22,9 @@ from npqwen.commands.loading import (
     threads_option,
 )
 from npqwen.commands.options import Command
-from npqwen.errors import OptionError, shortened
+from npqwen.errors import OptionError
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import shortened
 
 if TYPE_CHECKING:
     from npqwen.model import Model

@@ -6,9 +6,9 @@ import shlex
 
 import click
 
-from npqwen.checks import choice, near_names
-from npqwen.errors import shortened
+from npqwen.checks import near_names
 from npqwen.generation.options import ELSEWHERE
+from npqwen.wording import alternatives, shortened
 
 _ELSEWHERE = {
     **ELSEWHERE,
@@ -61,7 +61,7 @@ def hint(ctx: click.Context, flag: str) -> str:
     if ctx.command.name == "generate" and _meant(flag) not in flags and _meant(flag) in _flags_of(_MESSAGES, ctx):
         return f"it is an option of npqwen {_MESSAGES}"
     near = [flags[name] for name in near_names(flag, flags, _ELSEWHERE)]
-    return f"did you mean {choice(list(dict.fromkeys(near)))}?" if near else ""
+    return f"did you mean {alternatives(list(dict.fromkeys(near)))}?" if near else ""
 
 
 def takes_text(command: click.Command) -> str | None:

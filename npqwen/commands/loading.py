@@ -13,10 +13,11 @@ import click
 from npqwen.commands.compile_helper import CompileHelper
 from npqwen.commands.completion import words
 from npqwen.commands.options import Decorated, argument_text
-from npqwen.errors import OptionError, shortened, size
+from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES, DEFAULT_BITS
 from npqwen.terminal.signals import tidied_up
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import shortened, size
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -12,10 +12,11 @@ import click
 
 from npqwen.commands.completion import completed
 from npqwen.commands.flag_hints import hint, takes_text, unquoted, value_hint
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.generation.option import Option
 from npqwen.generation.options import OPTIONS, GenerationOptions
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import quoted
 
 Decorated = TypeVar("Decorated", bound=Callable[..., Any])
 

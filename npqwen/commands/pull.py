@@ -8,8 +8,9 @@ import click
 
 from npqwen.commands.loading import bits_option, low_disk_option, quiet_option, resolve
 from npqwen.commands.options import Command
-from npqwen.errors import OutOfMemoryError, size
+from npqwen.errors import OutOfMemoryError
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import size
 
 
 @click.command(cls=Command)

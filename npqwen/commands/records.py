@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from npqwen.commands.options import keyboard_notice, stdin_text
-from npqwen.errors import OptionError, quoted, shortened
+from npqwen.errors import OptionError
+from npqwen.wording import quoted, shortened
 
 if TYPE_CHECKING:
     from npqwen.terminal.terminal import Terminal

@@ -9,9 +9,10 @@ import click
 from npqwen.checks import check_whole
 from npqwen.commands.confirm import confirm, yes_option
 from npqwen.commands.options import Command
-from npqwen.errors import OptionError, counted, size
+from npqwen.errors import OptionError
 from npqwen.format.recipe import CHOICES
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import counted, size
 
 if TYPE_CHECKING:
     from npqwen.hub.downloads import Download

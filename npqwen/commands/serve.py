@@ -19,8 +19,9 @@ from npqwen.commands.loading import (
     prefix_cache_options,
 )
 from npqwen.commands.options import Command, argument_text
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from npqwen.server.listener import Listener

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.errors import CheckpointError, OutOfMemoryError, shortened, size
+from npqwen.errors import CheckpointError, OutOfMemoryError
 from npqwen.format.adapter import EMBEDDING, OUTPUT, StoredAdapter
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
@@ -25,6 +25,7 @@ from npqwen.kernels import low_rank as dense
 from npqwen.kernels import low_rank_experts as sparse
 from npqwen.kernels.paging import new_memory
 from npqwen.simd.llvm import CACHE_LINE
+from npqwen.wording import shortened, size
 
 Floats = NDArray[np.float32]
 _KEPT = 4

@@ -11,11 +11,12 @@ import numpy as np
 from npqwen.checks import check_path
 from npqwen.engine.adapter import Adapter
 from npqwen.engine.records import Adapted
-from npqwen.errors import OptionError, quoted, shortened
+from npqwen.errors import OptionError
 from npqwen.format.adapter import AdapterFile, StoredAdapter
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.kernels import low_rank
 from npqwen.kernels.low_rank import PARTS, WIDE, low_rank_kernels
+from npqwen.wording import quoted, shortened
 
 if TYPE_CHECKING:
     from collections.abc import Sequence

@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args
 
 import numpy as np
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
+from npqwen.wording import quoted
 
 CacheType = Literal["int8", "f16", "f32"]
 PAGE_DTYPES: dict[CacheType, np.dtype[Any]] = {

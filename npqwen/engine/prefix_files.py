@@ -31,10 +31,11 @@ from npqwen.atomic_file import new_file, remove_abandoned, writing
 from npqwen.engine.kv_cache import KVCache, page_part
 from npqwen.engine.prefix_page import MIN_PREFIX, Ids, PrefixPage, common_prefix, key_after, root_key
 from npqwen.engine.snapshot import fill, page_dtype
-from npqwen.errors import OptionError, OutputError, size
+from npqwen.errors import OptionError, OutputError
 from npqwen.format.files import open_regular
 from npqwen.format.safetensors import Header, HeaderError, make_header, read_header
 from npqwen.kernels.cache_page import PAGE
+from npqwen.wording import size
 
 FORMAT, VERSION = "npqwen-prefix", "1"
 DEFAULT_SIZE = 10 * 10**9

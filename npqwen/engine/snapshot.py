@@ -26,11 +26,12 @@ from npqwen.atomic_file import new_file
 from npqwen.engine.cache_type import CacheType
 from npqwen.engine.kv_cache import KVCache, clear_positions
 from npqwen.engine.recurrent_states import State
-from npqwen.errors import ContextLengthError, FormatError, OutputError, quoted
+from npqwen.errors import ContextLengthError, FormatError, OutputError
 from npqwen.format.files import open_regular
 from npqwen.format.layout import ceil_div
 from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
 from npqwen.kernels.cache_page import PAGE
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from npqwen.engine.adapter import Adapter

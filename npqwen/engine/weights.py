@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from npqwen.engine.cache_type import CacheType
 from npqwen.engine.records import DRAFT, LAYER, MODEL, RECURRENCE
-from npqwen.errors import FormatError, quoted, shortened
+from npqwen.errors import FormatError
 from npqwen.format.config import Config
 from npqwen.format.encodings import ZERO_POINT, Encoding
 from npqwen.format.files import open_regular
@@ -24,6 +24,7 @@ from npqwen.format.quantization import AGAIN, FORMAT_VERSION, Quantization
 from npqwen.format.recipe import Recipe
 from npqwen.format.safetensors import ALIGNMENT, INDEX, Header, HeaderError, read_header, read_index
 from npqwen.kernels.paging import advise_huge_pages
+from npqwen.wording import quoted, shortened
 
 _Record = tuple[int, int, int, int, int]
 """A MATRIX: addresses of its unit rows and its codebook, code of the encoding, padded rows, padded columns."""

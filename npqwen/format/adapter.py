@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from npqwen.checks import is_number
-from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
+from npqwen.errors import CheckpointError, ModelNotFoundError
 from npqwen.format.alpha_patterns import AlphaPatterns
 from npqwen.format.bare_names import is_bare, prefixed
 from npqwen.format.config import Config, read_json
@@ -24,6 +24,7 @@ from npqwen.format.factors import Factor, Factors, FusedFactors, orientations
 from npqwen.format.fused_experts import FUSED, fused_shapes
 from npqwen.format.safetensors import StoredTensor, stored_tensors
 from npqwen.format.text_part import text_name
+from npqwen.wording import quoted, shortened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"

@@ -10,7 +10,8 @@ import re
 from collections.abc import Collection
 from typing import Any
 
-from npqwen.errors import CheckpointError, quoted
+from npqwen.errors import CheckpointError
+from npqwen.wording import quoted
 
 _SIMPLE = re.compile(
     r"(?:(?:[\w.-]|\\[.dDwW-]|\[\^?(?:\w-\w|[\w.])+\])[*+?]?"  # a character, perhaps repeated

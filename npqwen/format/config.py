@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import CheckpointError, quoted, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.files import LARGEST_JSON, VALUES, read_json_text, read_small
+from npqwen.wording import quoted, shortened
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 FAMILY = "Qwen3, Qwen3-Next and Qwen3.5 to 3.8"

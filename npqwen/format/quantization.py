@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from npqwen.atomic_file import new_file
-from npqwen.errors import CheckpointError, FormatError, OptionError, quoted, shortened
+from npqwen.errors import CheckpointError, FormatError, OptionError
 from npqwen.format.config import read_json
 from npqwen.format.encodings import BY_NAME, Encoding
 from npqwen.format.recipe import Recipe, recipe_of
+from npqwen.wording import quoted, shortened
 
 FORMAT_VERSION = 2
 """Format version of the files that a conversion writes."""

@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.format.config import Config
 from npqwen.format.encodings import BF16, INT3, INT4, INT5, INT6, INT8, Encoding
+from npqwen.wording import quoted
 
 
 @dataclass(frozen=True)

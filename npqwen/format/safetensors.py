@@ -16,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, TypeGuard
 
-from npqwen.errors import CheckpointError, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.files import LARGEST_JSON, is_lfs_pointer, open_regular, read_json_text
+from npqwen.wording import shortened
 
 ALIGNMENT = 64
 """Bytes, a cache line: the data of files written here starts at a multiple of it."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from npqwen.errors import quoted
 from npqwen.structure.structure import Structured
+from npqwen.wording import quoted
 
 FinishReason = Literal["stop", "length", "loop"]
 """Why a text ended: eos or a stop string; max_tokens or a full context; the loop guard."""

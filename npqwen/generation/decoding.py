@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_ids
-from npqwen.errors import CheckpointError, ContextLengthError, OptionError, quoted
+from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.generation.completion import FinishReason, Logprob, TokenLogprobs
 from npqwen.generation.guide import Guide, model_vocabulary
 from npqwen.generation.language_model import LanguageModel
@@ -22,6 +22,7 @@ from npqwen.generation.thinking import ThinkingTracker, ending_ids
 from npqwen.generation.watched import EndedBy, Watch
 from npqwen.structure.structure import Structure, Structured
 from npqwen.tokenizer import StreamDecoder, Tokenizer
+from npqwen.wording import quoted
 
 NO_START = "and Qwen3 has no start token; give it some text"
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, overload
 
 from npqwen.checks import check_whole
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.generation.batch import Batch
 from npqwen.generation.completion import Completion
 from npqwen.generation.decoding import Prompt, Prompts, check_prompt_ids
@@ -15,6 +15,7 @@ from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.options import GenerationOptions, check_options
 from npqwen.generation.session import Session, check_session
 from npqwen.generation.stream import Stream
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

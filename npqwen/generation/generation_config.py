@@ -6,9 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import CheckpointError, OptionError, quoted
+from npqwen.errors import CheckpointError, OptionError
 from npqwen.format.config import read_json
 from npqwen.generation.sampling import Sampling
+from npqwen.wording import quoted
 
 _TRANSFORMERS_DEFAULTS = {
     "temperature": 1.0,

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, TypeVar
 
 from npqwen.checks import check_number, check_whole, number_range, whole_range
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
+from npqwen.wording import quoted
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 Kind = type[int] | type[float] | type[bool] | type[str]

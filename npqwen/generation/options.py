@@ -11,12 +11,13 @@ from numbers import Integral
 from typing import TYPE_CHECKING, Annotated, Any, TypedDict, cast
 
 from npqwen.checks import is_number, suggestion
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.generation.loop_guard import LoopGuard
 from npqwen.generation.option import Option, option_table
 from npqwen.generation.stop_strings import check_stop
 from npqwen.structure.sources import read_file, read_schema
 from npqwen.structure.structure import check_choice, check_grammar, check_one, check_regex, check_schema
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     import numpy as np

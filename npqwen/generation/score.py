@@ -8,11 +8,12 @@ from typing import overload
 
 import numpy as np
 
-from npqwen.errors import ContextLengthError, OptionError, quoted
+from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.completion import TokenLogprobs
 from npqwen.generation.decoding import Prompt, Prompts, check_prompt_ids, token_logprobs
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.session import Session, check_session
+from npqwen.wording import quoted
 
 _CHUNK = 64
 """Tokens of a continuation whose logits are in memory at a time."""

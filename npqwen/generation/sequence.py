@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
-from npqwen.errors import ContextLengthError, OptionError, quoted
+from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.completion import Completion, Usage
 from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
@@ -17,6 +17,7 @@ from npqwen.generation.message_starts import message_starts
 from npqwen.generation.options import GenerationOptions, check_options
 from npqwen.generation.speculation import PASS, speculation_for
 from npqwen.generation.watches import option_watches
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -12,13 +12,14 @@ from numpy.typing import NDArray
 from npqwen.checks import check_path
 from npqwen.engine import snapshot
 from npqwen.engine.prefix_page import common_prefix
-from npqwen.errors import ContextLengthError, OptionError, quoted
+from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.decoding import Prompt, check_prompt_ids
 from npqwen.generation.language_model import LanguageModel
 from npqwen.generation.message_starts import message_starts
 from npqwen.generation.option import with_options
 from npqwen.generation.options import OPTIONS
 from npqwen.generation.stream import Stream
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

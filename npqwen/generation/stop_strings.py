@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
+from npqwen.wording import quoted
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 

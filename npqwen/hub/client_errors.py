@@ -9,8 +9,9 @@ import contextlib
 import errno
 from collections.abc import Iterator
 
-from npqwen.errors import ModelNotFoundError, NpqwenError, OutputError, shortened
+from npqwen.errors import ModelNotFoundError, NpqwenError, OutputError
 from npqwen.hub.names import MAIN
+from npqwen.wording import shortened
 
 
 @contextlib.contextmanager

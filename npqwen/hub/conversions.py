@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from npqwen.cache_directory import cache_directory
 from npqwen.checks import check_path
-from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError, quoted
+from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.hub import record
@@ -26,6 +26,7 @@ from npqwen.hub.snapshot import downloaded
 from npqwen.hub.source import LocalSource, Source, local_source
 from npqwen.hub.support import Purpose, check, check_purpose, file_error
 from npqwen.hub.transfer import Transfer
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from npqwen_quant.adapter import AdapterFile

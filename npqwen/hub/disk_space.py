@@ -6,9 +6,10 @@ import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
-from npqwen.errors import OutputError, size
+from npqwen.errors import OutputError
 from npqwen.format.config import Config
 from npqwen.format.recipe import Recipe
+from npqwen.wording import size
 
 _RESERVE = 1 << 26
 """Bytes that stay free: headers, small files, and what other programs write meanwhile."""

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from pathlib import PurePosixPath
 
-from npqwen.errors import CheckpointError, ModelNotFoundError, quoted, shortened
+from npqwen.errors import CheckpointError, ModelNotFoundError
+from npqwen.wording import quoted, shortened
 
 SUFFIX = ".gguf"
 _DEFAULTS = ("q4_k_m", "q8_0")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from npqwen.errors import ModelNotFoundError, OptionError, quoted, shortened
+from npqwen.errors import ModelNotFoundError, OptionError
+from npqwen.wording import quoted, shortened
 
 OWNER = "Qwen"
 """The owner of a name without one, such as Qwen3-0.6B."""

@@ -6,11 +6,12 @@ import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from npqwen.checks import choice, near_names
-from npqwen.errors import ModelNotFoundError, NpqwenError, quoted
+from npqwen.checks import near_names
+from npqwen.errors import ModelNotFoundError, NpqwenError
 from npqwen.hub.downloads import Download
 from npqwen.hub.inventory import Conversion
 from npqwen.hub.names import check_given, parse, repository_of
+from npqwen.wording import alternatives, quoted
 
 
 def select(
@@ -32,7 +33,7 @@ def select(
     fetched = [one for one in downloads if one.model in repositories and not revision]
     if not chosen and not fetched:
         near = _near(model.partition("@")[0], sorted(known))
-        there = f"did you mean {choice(near)}?" if near else "see npqwen list"
+        there = f"did you mean {alternatives(near)}?" if near else "see npqwen list"
         raise ModelNotFoundError(f"no model {quoted(model)} is in the cache; {there}")
     return chosen, fetched
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any, Literal
 
-from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError, quoted, shortened
+from npqwen.errors import CheckpointError, ModelNotFoundError, NpqwenError, OptionError
 from npqwen.format.config import FAMILY, MODEL_TYPES, Config, read_json
 from npqwen.format.files import is_lfs_pointer
 from npqwen.format.safetensors import INDEX, read_index
@@ -13,6 +13,7 @@ from npqwen.format.task import check_task
 from npqwen.hub.names import advice
 from npqwen.hub.repository import HubSource
 from npqwen.hub.source import Source
+from npqwen.wording import quoted, shortened
 
 if TYPE_CHECKING:
     from npqwen_quant.quantized import QuantizedFormat

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from npqwen.errors import OptionError, size
+from npqwen.errors import OptionError
 from npqwen.format.config import Config
 from npqwen.format.quantization import is_converted
 from npqwen.format.recipe import Recipe
@@ -15,6 +15,7 @@ from npqwen.hub.names import original
 from npqwen.hub.repository import HubSource, download_directory
 from npqwen.hub.source import GgufSource, LocalSource, Source
 from npqwen.hub.support import quantized_format
+from npqwen.wording import size
 
 if TYPE_CHECKING:
     from npqwen_quant.adapter import AdapterFile

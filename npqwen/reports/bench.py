@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from npqwen import __version__
-from npqwen.errors import OptionError, counted
+from npqwen.errors import OptionError
 from npqwen.hardware.machine import available_memory, processor
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.paging import huge_page_bytes
@@ -18,6 +18,7 @@ from npqwen.model import Model
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.info import active_bytes
 from npqwen.simd.isa import ISA
+from npqwen.wording import counted
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import size
 from npqwen.hub.disk_usage import bytes_of, freed_bytes
 from npqwen.hub.downloads import Download
 from npqwen.hub.leftovers import Leftover
 from npqwen.reports.columns import columns
+from npqwen.wording import size
 
 _PARTS = {
     "hub": "conversions of models of the hub",

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from npqwen.atomic_file import PARTIAL
-from npqwen.errors import CheckpointError, FormatError, shortened, size
+from npqwen.errors import CheckpointError, FormatError
 from npqwen.format.quantization import is_converted
 from npqwen.hub.disk_space import free_bytes
 from npqwen.hub.disk_usage import freed_bytes
@@ -20,6 +20,7 @@ from npqwen.hub.leftovers import leftovers
 from npqwen.kernels.compiled import is_trusted, unusable_files, usable_directories
 from npqwen.reports.finding import Finding
 from npqwen.reports.verification import verify_structure
+from npqwen.wording import shortened, size
 
 _LITTLE = 1 << 30
 """Bytes of free disk below which the smallest model does not fit."""

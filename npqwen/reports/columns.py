@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from datetime import datetime
 
-from npqwen.errors import counted
+from npqwen.wording import counted
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:

@@ -15,7 +15,7 @@ from npqwen.engine.cache_type import CacheType, check_cache_type
 from npqwen.engine.context import context_length, with_yarn
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.recurrent_states import states_bytes
-from npqwen.errors import CheckpointError, OptionError, counted, size
+from npqwen.errors import CheckpointError, OptionError
 from npqwen.format.config import Config
 from npqwen.format.encodings import BY_NAME
 from npqwen.format.layout import Codebook
@@ -30,6 +30,7 @@ from npqwen.hub.support import check
 from npqwen.kernels.cache_page import PAGE
 from npqwen.reports.columns import columns
 from npqwen.reports.info import PARTS, part_of
+from npqwen.wording import counted, size
 
 if TYPE_CHECKING:
     from npqwen_quant.adapter import AdapterFile

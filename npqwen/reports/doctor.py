@@ -11,7 +11,6 @@ from typing import Any
 
 from npqwen import __version__
 from npqwen.cache_directory import cache_directory
-from npqwen.errors import counted, size
 from npqwen.hardware import cgroup, machine
 from npqwen.hardware.contention import Contention
 from npqwen.hub.disk_space import free_bytes
@@ -27,6 +26,7 @@ from npqwen.reports.forecast import CONTEXT, SHARE, Forecast, forecasts, table
 from npqwen.reports.machine_report import machine_facts, software_facts
 from npqwen.simd.instructions import InstructionSet
 from npqwen.simd.isa import ISA, available
+from npqwen.wording import counted, size
 
 _PORTABLE = InstructionSet.name
 _PASSES = 20

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from npqwen.checks import check_ids, check_whole
 from npqwen.engine.engine import Engine
 from npqwen.engine.substitution import Part, parts, substituted
-from npqwen.errors import CheckpointError, OptionError, shortened
+from npqwen.errors import CheckpointError, OptionError
 from npqwen.reports.evaluation_report import Evaluation, Greedy, LayerCosts, PartCost, Score, Values, estimate
+from npqwen.wording import shortened
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.errors import OptionError, shortened
+from npqwen.errors import OptionError
 from npqwen.format.quantization import EvaluationRecord
+from npqwen.wording import shortened
 
 Floats = NDArray[np.float64]
 

@@ -14,12 +14,12 @@ from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.recurrent_states import RecurrentShape, states_bytes
 from npqwen.engine.weights import PlannedWeights
-from npqwen.errors import size
 from npqwen.format.config import Config
 from npqwen.format.recipe import Recipe, recipe_of
 from npqwen.kernels.cache_page import PAGE
 from npqwen.reports.columns import columns
 from npqwen.reports.info import active_bytes
+from npqwen.wording import size
 
 CONTEXT = 8192
 """Tokens of context for which memory is counted."""

@@ -17,13 +17,13 @@ from npqwen.engine.engine import chunk_size
 from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.recurrent_states import RecurrentShape, states_bytes
 from npqwen.engine.weights import Weights
-from npqwen.errors import size
 from npqwen.format.config import Config
 from npqwen.format.encodings import ENCODINGS
 from npqwen.format.layout import Experts, Layout, Tensor, Vector
 from npqwen.format.quantization import EvaluationRecord
 from npqwen.hardware import machine
 from npqwen.simd.isa import ISA, available
+from npqwen.wording import size
 
 PARTS = {
     "embedding": ("embed_tokens",),

@@ -21,13 +21,14 @@ import llvmlite.binding
 import numba
 import numpy as np
 
-from npqwen.errors import OutputError, size
+from npqwen.errors import OutputError
 from npqwen.hardware import machine
 from npqwen.hardware.cgroup import memory, read
 from npqwen.model import Model
 from npqwen.reports import bench
 from npqwen.reports.info import active_parameters, parameters
 from npqwen.simd.isa import available
+from npqwen.wording import size
 
 
 def check_path(path: Path) -> Path:

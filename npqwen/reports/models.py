@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from typing import Any
 
-from npqwen.errors import size
 from npqwen.hub.disk_usage import bytes_of
 from npqwen.hub.downloads import Download
 from npqwen.hub.inventory import Conversion
 from npqwen.hub.names import repository_of
 from npqwen.reports.columns import ago, columns
+from npqwen.wording import size
 
 
 def as_dict(conversions: Sequence[Conversion], downloads: Sequence[Download]) -> dict[str, Any]:

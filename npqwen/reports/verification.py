@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from npqwen.engine.weights import Weights, weight_files
-from npqwen.errors import CheckpointError, FormatError, counted, shortened, size
+from npqwen.errors import CheckpointError, FormatError
 from npqwen.format.checksums import NAME as CHECKSUMS
 from npqwen.format.checksums import Checksums, Digest, bytes_digest, config_digest, pieces
 from npqwen.format.config import Config, read_json
@@ -16,6 +16,7 @@ from npqwen.format.files import open_regular, read_small
 from npqwen.format.quantization import Quantization
 from npqwen.format.safetensors import HeaderError, StoredTensor, read_header
 from npqwen.hub.names import check_given
+from npqwen.wording import counted, shortened, size
 
 Progress = Callable[[int, int], object]
 

@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_ids, check_whole
-from npqwen.errors import CheckpointError, ContextLengthError, FormatError, OptionError, quoted
+from npqwen.errors import CheckpointError, ContextLengthError, FormatError, OptionError
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from npqwen.engine.prefix_page import Ids

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.errors import shortened
+from npqwen.wording import shortened
 
 
 @dataclass(frozen=True, eq=False)

@@ -13,12 +13,13 @@ from numpy.typing import NDArray
 
 from npqwen.engine.kv_cache import held_bytes
 from npqwen.engine.piece import Piece
-from npqwen.errors import OutOfMemoryError, size
+from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
 from npqwen.generation.batch import ALONE, PARALLEL
 from npqwen.generation.batch_statistics import BatchStatistics
 from npqwen.kernels.cache_page import PAGE
 from npqwen.retrieval.readings import Readings, Text
+from npqwen.wording import size
 
 if TYPE_CHECKING:
     from npqwen.engine.engine import Engine

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.errors import CheckpointError, ContextLengthError, FormatError, OptionError, quoted
+from npqwen.errors import CheckpointError, ContextLengthError, FormatError, OptionError
 from npqwen.format.task import LOGIT_SCORE
 from npqwen.retrieval.embedder import INSTRUCTION
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import CheckpointError, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.files import read_small
 from npqwen.format.task import LOGIT_SCORE, POOLING, Task, directory_task
+from npqwen.wording import shortened
 
 _LAST_TOKEN = "lasttoken"
 _FLAG = "pooling_mode_"

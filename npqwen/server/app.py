@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from npqwen.errors import NpqwenError, shortened
+from npqwen.errors import NpqwenError
 from npqwen.server import anthropic, front, model_list, monitoring, ollama, openai, rerank, resuming, text_routes
 from npqwen.server.exchange import HEADER, SCOPE_ID, Exchanges
 from npqwen.server.failure import Failure, failure_of
@@ -26,6 +26,7 @@ from npqwen.server.refusal import own_path, refusal
 from npqwen.server.resuming import Resumable
 from npqwen.server.settings import Settings
 from npqwen.server.streaming import ClientGoneError
+from npqwen.wording import shortened
 
 if TYPE_CHECKING:
     from npqwen.model import Model

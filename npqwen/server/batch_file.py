@@ -12,11 +12,11 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
 from npqwen.atomic_file import check_parent, new_file, writing
-from npqwen.checks import choice
-from npqwen.errors import OptionError, quoted, shortened
+from npqwen.errors import OptionError
 from npqwen.file_lock import try_lock
 from npqwen.server.fields import FieldError, parse_fields
 from npqwen.server.json_text import json_text
+from npqwen.wording import alternatives, quoted, shortened
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -95,7 +95,7 @@ class BatchInput:
         if found.get("method", "POST") != "POST":
             raise self._error(number, f"has the method {quoted(found['method'])}; it must be POST")
         if url not in ENDPOINTS:
-            raise self._error(number, f"has the url {quoted(url)}; it must be {choice(list(ENDPOINTS))}")
+            raise self._error(number, f"has the url {quoted(url)}; it must be {alternatives(list(ENDPOINTS))}")
         if not isinstance(body, dict):
             raise self._error(number, "has no body, the object that is sent to the url")
         return BatchRequest(custom_id, url, body)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import re
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
+from npqwen.wording import quoted
 
 _UNITS = {"ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
 _PART = re.compile(r"(\d+(?:\.\d*)?)(ms|s|m|h|d)", re.ASCII)

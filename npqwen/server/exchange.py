@@ -15,8 +15,8 @@ from typing import Any
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from npqwen.errors import shortened
 from npqwen.generation.completion import Usage
+from npqwen.wording import shortened
 
 _log = logging.getLogger(__name__)
 

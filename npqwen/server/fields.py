@@ -10,8 +10,9 @@ from typing import Any, NoReturn, TypeVar
 from starlette.requests import Request
 
 from npqwen.checks import is_number, number_range, whole_range
-from npqwen.errors import OptionError, quoted, shortened
+from npqwen.errors import OptionError
 from npqwen.server.exchange import current
+from npqwen.wording import quoted, shortened
 
 MAX_STOPS = 64
 """The most stop strings; each is searched for in every piece of text."""

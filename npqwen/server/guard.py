@@ -12,10 +12,10 @@ from urllib.parse import unquote
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from npqwen.errors import quoted, shortened, size
 from npqwen.server.failure import Failure
 from npqwen.server.refusal import own_path, refusal
 from npqwen.server.settings import Settings, is_address
+from npqwen.wording import quoted, shortened, size
 
 BODY_SECONDS = 60.0
 """Seconds that a request's body may take, plus one for each `BODY_RATE` bytes of it."""

@@ -13,8 +13,9 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from npqwen.checks import check_whole
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.server.settings import is_address
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from typing_extensions import Self

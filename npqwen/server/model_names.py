@@ -6,7 +6,8 @@ import re
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 
-from npqwen.errors import ModelNotFoundError, OptionError, quoted
+from npqwen.errors import ModelNotFoundError, OptionError
+from npqwen.wording import quoted
 
 _OLLAMA = re.compile(
     r"qwen3(?P<branch>-coder|-embedding|-reranker)?:(?P<size>[\d.]+b)(?:-a[\d.]+b)?"

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from npqwen.engine.budget import RESERVED
-from npqwen.errors import ClosedError, NpqwenError, OptionError, OutOfMemoryError, QueueFullError, size
+from npqwen.errors import ClosedError, NpqwenError, OptionError, OutOfMemoryError, QueueFullError
 from npqwen.format.task import Task, check_task
 from npqwen.hardware.machine import available_memory
 from npqwen.server.adapter_worker import AdapterWorker
@@ -23,6 +23,7 @@ from npqwen.server.offer import Offer
 from npqwen.server.settings import KEEP_ALIVE, Settings
 from npqwen.server.statistics import WorkerStatistics
 from npqwen.server.worker import Worker
+from npqwen.wording import size
 
 if TYPE_CHECKING:
     from npqwen.model import Model

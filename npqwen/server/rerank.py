@@ -9,7 +9,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from npqwen.errors import quoted
 from npqwen.retrieval.ranking import Ranking
 from npqwen.server.background import in_thread
 from npqwen.server.fields import FieldError, Fields, read_fields
@@ -17,6 +16,7 @@ from npqwen.server.json_text import JSONReply
 from npqwen.server.prompt_field import texts
 from npqwen.server.requests import ReadRequest
 from npqwen.server.streaming import until_disconnected
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models

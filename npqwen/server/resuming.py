@@ -14,7 +14,7 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npqwen.checks import whole_range
-from npqwen.errors import QueueFullError, quoted
+from npqwen.errors import QueueFullError
 from npqwen.server.exchange import current
 from npqwen.server.failure import Failure, failure_of
 from npqwen.server.fields import FieldError
@@ -23,6 +23,7 @@ from npqwen.server.recording import EventsGoneError, Follower, Recording, Record
 from npqwen.server.refusal import refusal
 from npqwen.server.streaming import STALLED, disconnected
 from npqwen.server.time_limit import within
+from npqwen.wording import quoted
 
 HEADER = "x-resumable"
 """The request header with which a client requests a resumable stream."""

@@ -9,9 +9,10 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from npqwen.checks import check_number, check_whole, suggestion
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.generation.batch import PARALLEL
 from npqwen.server.worker import QUEUE
+from npqwen.wording import quoted
 
 BODY_LIMIT = 32_000_000
 """Default limit of a request's body in bytes: one that fills a context of 262,144 tokens has a few million."""

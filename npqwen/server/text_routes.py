@@ -11,12 +11,12 @@ from starlette.routing import Route
 
 from npqwen.chat.messages import checked
 from npqwen.checks import whole_range
-from npqwen.errors import quoted
 from npqwen.server.background import in_thread
 from npqwen.server.fields import FieldError, Fields, read_fields
 from npqwen.server.json_text import JSONReply
 from npqwen.server.openai.chat_request import chat_body
 from npqwen.tokenizer import Tokenizer
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from npqwen.server.models import Models

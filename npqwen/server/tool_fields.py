@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from npqwen.errors import quoted
 from npqwen.server.fields import FieldError, Fields
+from npqwen.wording import quoted
 
 _MODES = ("auto", "none", "required")
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.errors import OptionError, shortened
+from npqwen.errors import OptionError
+from npqwen.wording import shortened
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

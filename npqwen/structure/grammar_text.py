@@ -6,7 +6,8 @@ import json
 import re
 from typing import Literal
 
-from npqwen.errors import OptionError, shortened
+from npqwen.errors import OptionError
+from npqwen.wording import shortened
 
 _RULE = re.compile(r"[ \t]*[?!]?([A-Za-z_][\w-]*)(?:\.-?\d+|\[[^\]\n]*\]|\{[^}\n]*\})?\s*(::=|:)")
 _SKIPPED = re.compile(r"\s+|#[^\n]*|//[^\n]*")

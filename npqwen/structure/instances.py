@@ -10,9 +10,9 @@ from collections import abc
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
-from npqwen.errors import shortened
 from npqwen.structure.hints import field_hints, is_named_tuple
 from npqwen.structure.type_schema import ARRAYS, SCALARS, fields, is_pydantic
+from npqwen.wording import shortened
 
 
 class Mismatch(ValueError):

@@ -6,8 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import OptionError, quoted, size
+from npqwen.errors import OptionError
 from npqwen.structure.structure import MAX_SIZE
+from npqwen.wording import quoted, size
 
 
 def read_schema(name: str, text: str) -> Any:

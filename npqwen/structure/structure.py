@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any
 
-from npqwen.errors import OptionError, quoted, shortened
+from npqwen.errors import OptionError
 from npqwen.structure.grammar_text import lark_text, literal
 from npqwen.structure.instances import instance
 from npqwen.structure.json_values import plain
 from npqwen.structure.regex_text import narrowed_classes
 from npqwen.structure.type_schema import type_schema
+from npqwen.wording import quoted, shortened
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher

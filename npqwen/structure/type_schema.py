@@ -10,8 +10,9 @@ from collections.abc import Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.structure.hints import field_hints, is_named_tuple, type_hints
+from npqwen.wording import quoted
 
 SCALARS: Mapping[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 ARRAYS: Mapping[Any, type[Any]] = {

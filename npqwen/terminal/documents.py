@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
-from npqwen.checks import choice, near_names
-from npqwen.errors import OptionError, quoted
+from npqwen.checks import near_names
+from npqwen.errors import OptionError
+from npqwen.wording import alternatives, quoted
 
 PAGES = {
     "terminal": "docs/terminal.md",
@@ -126,7 +127,7 @@ class Documents:
         if found := [one for one in self._below if _contains(one.text, wanted)]:
             return found
         near = near_names(wanted, [*by_page, *(_words(one.heading) for one in below)], _ELSEWHERE)
-        hint = f"did you mean {choice(near)}? " if near else ""
+        hint = f"did you mean {alternatives(near)}? " if near else ""
         raise OptionError(f"unknown help topic {quoted(topic)}; {hint}npqwen help lists all topics")
 
     def for_terminal(self, section: Section) -> str:

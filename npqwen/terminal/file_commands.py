@@ -9,8 +9,9 @@ from npqwen.atomic_file import check_parent
 from npqwen.chat.conversation import cache_file
 from npqwen.chat.messages import joined
 from npqwen.chat.saved_conversation import SavedConversation
-from npqwen.errors import FormatError, OptionError, OutputError, counted, size
+from npqwen.errors import FormatError, OptionError, OutputError
 from npqwen.terminal.terminal_chat import TerminalChat
+from npqwen.wording import counted, size
 
 _MAX_CACHE_BYTES = 1 << 30
 """Largest cache that /save writes, in bytes: above that, prefilling the messages again is the better choice."""

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from npqwen.chat.sampling_mode import default_sampling, thinks
 from npqwen.checks import suggestion
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.generation.options import CHAT_DEFAULTS
 from npqwen.terminal.settings import NAMES, option_name
 from npqwen.terminal.terminal_chat import Question, TerminalChat
+from npqwen.wording import quoted
 
 _NAME_AND_VALUE = re.compile(r"([^\s=]*)\s*=?\s*(.*)", re.DOTALL)
 SWITCHES = ("think", "nothink", "verbose", "quiet", "history", "nohistory")

@@ -6,9 +6,10 @@ import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from npqwen.errors import OptionError, shortened
+from npqwen.errors import OptionError
 from npqwen.generation.option import Option
 from npqwen.generation.options import ELSEWHERE, OPTIONS, check_options, find_option
+from npqwen.wording import shortened
 
 if TYPE_CHECKING:
     from npqwen.generation.language_model import LanguageModel

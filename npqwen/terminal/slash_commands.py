@@ -8,12 +8,13 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from npqwen.chat.messages import joined
-from npqwen.checks import choice, near_names
-from npqwen.errors import OptionError, counted
+from npqwen.checks import near_names
+from npqwen.errors import OptionError
 from npqwen.terminal.answer_view import draft_tokens
 from npqwen.terminal.file_commands import load, save
 from npqwen.terminal.setting_commands import nothink, set_, show, system, think
 from npqwen.terminal.terminal_chat import TerminalChat
+from npqwen.wording import alternatives, counted
 
 if TYPE_CHECKING:
     from npqwen.chat.chat_stream import ChatStream
@@ -59,7 +60,7 @@ def run_command(chat: TerminalChat, message: str) -> None:
         if name in _SHELL_COMMANDS:
             raise OptionError(f"unknown command /{name}; leave the chat and type npqwen {name}")
         near = dict.fromkeys(f"/{command_name(other)}" for other in near_names(name, [*COMMANDS, *_ALIASES]))
-        hint = f"did you mean {choice(list(near))}?" if near else "/help lists the commands"
+        hint = f"did you mean {alternatives(list(near))}?" if near else "/help lists the commands"
         raise OptionError(f"unknown command /{found[1]}; {hint} (to send it as a message, put a space before it)")
     arguments = message[found.end() :].strip()
     if arguments and not command.usage:

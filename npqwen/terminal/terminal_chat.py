@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from npqwen.chat.conversation import Conversation
-from npqwen.errors import OptionError, OutputError, shortened
+from npqwen.errors import OptionError, OutputError
 from npqwen.generation.thinking import CLOSE
 from npqwen.terminal.answer_view import AnswerView, statistics
 from npqwen.terminal.autosave import Autosave
@@ -16,6 +16,7 @@ from npqwen.terminal.history import History
 from npqwen.terminal.interrupts import AnswerInterrupts
 from npqwen.terminal.settings import Settings
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import shortened
 
 if TYPE_CHECKING:
     from npqwen.chat.chat_stream import ChatStream

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
-from npqwen.errors import OptionError, quoted
+from npqwen.errors import OptionError
 from npqwen.structure.hints import (
     called_function,
     field_hints,
@@ -25,6 +25,7 @@ from npqwen.structure.hints import (
 )
 from npqwen.tools.arguments import COLLECTIONS
 from npqwen.tools.docstrings import read_docstring
+from npqwen.wording import quoted
 
 _SCALARS: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 _CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)

@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import CheckpointError, ModelNotFoundError, shortened
+from npqwen.errors import CheckpointError, ModelNotFoundError
 from npqwen.format.bare_names import is_bare, prefixed
 from npqwen.format.config import Config, read_json
 from npqwen.format.files import read_small
@@ -16,6 +16,7 @@ from npqwen.format.quantization import is_converted
 from npqwen.format.safetensors import INDEX, read_index
 from npqwen.format.small_files import DOCUMENTS, SMALL_FILES
 from npqwen.format.text_part import text_name, text_part
+from npqwen.wording import shortened
 from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
 from npqwen_quant.gguf import GgufModel, gguf_files

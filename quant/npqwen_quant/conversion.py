@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from npqwen.checks import check_path, check_whole
-from npqwen.errors import CheckpointError, OptionError, OutputError, shortened
+from npqwen.errors import CheckpointError, OptionError, OutputError
 from npqwen.format.checksums import NAME as CHECKSUMS
 from npqwen.format.checksums import Checksums, bytes_digest, config_digest
 from npqwen.format.files import read_small
@@ -23,6 +23,7 @@ from npqwen.format.safetensors import INDEX
 from npqwen.format.small_files import DOCUMENTS, TOKENIZER
 from npqwen.hardware.machine import usable_cpus
 from npqwen.progress import Progress, bars_or
+from npqwen.wording import shortened
 from npqwen_quant import search
 from npqwen_quant.adapter import EMBEDDING, OUTPUT, AdapterFile
 from npqwen_quant.calibration import Calibration, calibrate, calibration_key, states_bytes

@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.config import Config
 from npqwen.format.fused_experts import FUSED, fused_shapes
+from npqwen.wording import shortened
 from npqwen_quant.recent import Recent
 from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor
 

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, quoted, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.layout import ceil_div
+from npqwen.wording import quoted, shortened
 from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor, widen
 
 FP8 = "F8_E4M3"

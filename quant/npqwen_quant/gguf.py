@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, quoted, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.safetensors import INDEX, StoredTensor
 from npqwen.format.small_files import TOKENIZER
+from npqwen.wording import quoted, shortened
 from npqwen_quant.gguf_config import (
     HYBRIDS,
     Metadata,

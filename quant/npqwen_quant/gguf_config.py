@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from npqwen.errors import CheckpointError, quoted
+from npqwen.errors import CheckpointError
+from npqwen.wording import quoted
 from npqwen_quant.gguf_header import ARCHITECTURE, Value
 
 ARCHITECTURES = {

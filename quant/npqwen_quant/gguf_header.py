@@ -21,8 +21,9 @@ from typing import BinaryIO
 
 import numpy as np
 
-from npqwen.errors import CheckpointError, quoted, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.files import open_regular
+from npqwen.wording import quoted, shortened
 from npqwen_quant.gguf_types import TYPES, GgmlType, type_name
 
 MAGIC = b"GGUF"

@@ -11,7 +11,8 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from npqwen.errors import CheckpointError, quoted
+from npqwen.errors import CheckpointError
+from npqwen.wording import quoted
 from npqwen_quant.gguf_config import Metadata
 
 _QWEN2 = (

@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, quoted
+from npqwen.errors import CheckpointError
 from npqwen.format.layout import ceil_div
+from npqwen.wording import quoted
 from npqwen_quant.by_columns import ColumnsTensor, Loaded
 from npqwen_quant.parts import (
     FLOATS,

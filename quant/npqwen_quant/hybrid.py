@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.config import CONVOLUTION, Config, Recurrence
 from npqwen.format.split_matrices import split
+from npqwen.wording import shortened
 from npqwen_quant.tensors import SourceTensor, widen
 
 _NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")

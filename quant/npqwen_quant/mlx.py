@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, quoted
+from npqwen.errors import CheckpointError
 from npqwen.format.text_part import text_name
+from npqwen.wording import quoted
 from npqwen_quant.parts import FLOATS, Module, UnreadableError, modules, unpack
 from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from types import TracebackType
 
 from npqwen.atomic_file import exchange, sync_directory, writing
-from npqwen.errors import CheckpointError, OutputError, size
+from npqwen.errors import CheckpointError, OutputError
 from npqwen.format.quantization import is_converted
+from npqwen.wording import size
 from npqwen_quant.working import WorkingDirectory, others, remove_removed
 
 Notice = Callable[[str], object]

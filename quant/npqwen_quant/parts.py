@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, quoted, shortened
+from npqwen.errors import CheckpointError
+from npqwen.wording import quoted, shortened
 from npqwen_quant.tensors import CONVERTIBLE, PlainTensor
 
 FLOATS = tuple(CONVERTIBLE)

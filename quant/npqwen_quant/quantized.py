@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from npqwen.errors import CheckpointError, shortened
+from npqwen.errors import CheckpointError
+from npqwen.wording import shortened
 from npqwen_quant.awq import Awq
 from npqwen_quant.compressed_tensors import CompressedTensors
 from npqwen_quant.fp8 import Fp8

@@ -16,13 +16,14 @@ from pathlib import Path
 
 from npqwen.atomic_file import new_file, writing
 from npqwen.checks import check_path, check_whole
-from npqwen.errors import CheckpointError, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.bare_names import is_bare, prefixed
 from npqwen.format.checksums import Checksums
 from npqwen.format.checksums import pieces as file_pieces
 from npqwen.format.recipe import DEFAULT_BITS, recipe_of
 from npqwen.format.safetensors import INDEX, make_header, read_index
 from npqwen.progress import Progress
+from npqwen.wording import shortened
 from npqwen_quant.checkpoint import Checkpoint, checked, refuse_packed
 from npqwen_quant.conversion import (
     complete,

@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from npqwen.errors import CheckpointError, shortened
+from npqwen.errors import CheckpointError
 from npqwen.format.files import open_regular
 from npqwen.format.safetensors import StoredTensor, stored_tensors
+from npqwen.wording import shortened
 
 CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 """The dtypes that can be converted, with NumPy dtypes to read them. BF16, which NumPy lacks, is read as its bits."""

@@ -10,7 +10,7 @@ import pytest
 
 from npqwen import hub
 from npqwen.commands import cli
-from npqwen.errors import quoted
+from npqwen.wording import quoted
 
 pytestmark = pytest.mark.usefixtures("cache")
 

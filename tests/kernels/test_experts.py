@@ -19,7 +19,7 @@ from reference import ReferenceModel
 from npqwen.engine import buffers
 from npqwen.engine.budget import RESERVED
 from npqwen.engine.records import LAYER, Adapted
-from npqwen.errors import FormatError, size
+from npqwen.errors import FormatError
 from npqwen.format.encodings import INT4, INT8, Encoding
 from npqwen.hardware import machine
 from npqwen.kernels import experts
@@ -28,6 +28,7 @@ from npqwen.kernels.packing import WIDEST, pack, packed_bytes
 from npqwen.kernels.paging import PREFETCH_ALWAYS, PREFETCH_IF_ABSENT, PREFETCH_NEVER
 from npqwen.model import load
 from npqwen.reports import info
+from npqwen.wording import size
 
 DATA = Path(__file__).parents[1] / "data"
 MOE: dict[str, Any] = {

@@ -16,12 +16,12 @@ from converted import MATRICES, small_model, tensors, write_model
 from units import CODEBOOKS, row_bytes
 
 from npqwen import OptionError
-from npqwen.errors import size
 from npqwen.model import load
 from npqwen.reports.bandwidth import ReadBandwidth
 from npqwen.reports.bench import benchmark, bytes_per_token
 from npqwen.reports.info import inspect
 from npqwen.simd.isa import ISA
+from npqwen.wording import size
 
 Run = Callable[..., tuple[str, str]]
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from npqwen.errors import quoted
 from npqwen.server.fields import FieldError, Fields
 from npqwen.server.tool_results import matched
+from npqwen.wording import quoted
 
 _ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _KEPT = ("reasoning_content", "reasoning", "thinking")

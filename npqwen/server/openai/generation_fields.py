@@ -6,8 +6,8 @@ import json
 from typing import Any, NamedTuple
 
 from npqwen.checks import is_number
-from npqwen.errors import quoted
 from npqwen.server.fields import FieldError, Fields
+from npqwen.wording import quoted
 
 MAX_CHOICES = 16
 """The largest `n`."""

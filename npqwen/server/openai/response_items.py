@@ -7,11 +7,11 @@ import logging
 from typing import Any
 
 from npqwen.chat.messages import Message
-from npqwen.errors import quoted
 from npqwen.server.fields import FieldError, Fields
 from npqwen.server.opaque_reasoning import unpack
 from npqwen.server.openai.response_tools import ClientTool
 from npqwen.server.tool_results import matched
+from npqwen.wording import quoted
 
 _log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from npqwen.errors import quoted
 from npqwen.server.fields import FieldError, Fields
+from npqwen.wording import quoted
 
 _log = logging.getLogger(__name__)
 
