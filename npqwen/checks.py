@@ -1,4 +1,4 @@
-"""Checks of values that callers pass in: whole numbers, numbers, token ids, and names that may be misspelt."""
+"""Checks of values that callers pass in: whole numbers, numbers, token ids, and names that may be misspelled."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def suggestion(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | N
 
 
 def near_names(name: str, known: Iterable[str], elsewhere: Mapping[str, str] | None = None) -> list[str]:
-    """The known names that a misspelt one may mean, at most four.
+    """The known names that a misspelled one may mean, at most four.
 
     In this order: the one that `elsewhere` translates it to; all that it abbreviates, as "temp" does "temperature"; the
     one that it is closest to. Case, and "-" for "_", do not matter.
