@@ -18,6 +18,11 @@ def quoted(value: object) -> str:
         return f"a value of type {type(value).__name__}"
 
 
+def unreadable(path: object, error: OSError) -> str:
+    """A message that `path`, or what it is called, cannot be read, with the system's reason."""
+    return f"{path} cannot be read: {error.strerror or error}"
+
+
 def size(count: float) -> str:
     """A number of bytes for people, in powers of ten: "335 MB", "4.7 GB"."""
     for unit in ("B", "kB", "MB", "GB"):

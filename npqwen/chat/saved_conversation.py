@@ -10,7 +10,7 @@ from typing import Any
 from npqwen.chat.messages import Message, checked
 from npqwen.errors import FormatError, OptionError
 from npqwen.format.files import SMALL, read_small
-from npqwen.wording import quoted
+from npqwen.wording import quoted, unreadable
 
 FORMAT, VERSION = "npqwen-conversation", 1
 
@@ -46,7 +46,7 @@ class SavedConversation:
         except FileNotFoundError:
             raise FormatError(f"{path} does not exist") from None
         except OSError as error:
-            raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise FormatError(unreadable(path, error)) from None
         except (ValueError, RecursionError):
             raise FormatError(f"{path} is not a saved conversation: it is not JSON") from None
         if not isinstance(raw, dict) or raw.get("format") != FORMAT:

@@ -10,6 +10,7 @@ from typing import Any
 from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.files import read_small
+from npqwen.wording import unreadable
 
 FILE = "chat_template.jinja"
 PROCESSOR_FILE = "chat_template.json"
@@ -47,7 +48,7 @@ def _read(path: Path) -> str:
     try:
         return read_small(path).decode("utf-8").replace("\r\n", "\n")
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(unreadable(path, error)) from None
     except UnicodeDecodeError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from None
 

@@ -31,7 +31,7 @@ from npqwen.format.files import open_regular
 from npqwen.format.layout import ceil_div
 from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
 from npqwen.kernels.cache_page import PAGE
-from npqwen.wording import quoted
+from npqwen.wording import quoted, unreadable
 
 if TYPE_CHECKING:
     from npqwen.engine.adapter import Adapter
@@ -96,7 +96,7 @@ def load(
         with open_regular(path) as file:
             return _read(path, file, cache, fingerprint, vocab_size, adapters)
     except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise FormatError(unreadable(path, error)) from None
 
 
 def _read(

@@ -24,7 +24,7 @@ from npqwen.format.quantization import AGAIN, FORMAT_VERSION, Quantization
 from npqwen.format.recipe import Recipe
 from npqwen.format.safetensors import ALIGNMENT, INDEX, Header, HeaderError, read_header, read_index
 from npqwen.kernels.paging import advise_huge_pages
-from npqwen.wording import quoted, shortened
+from npqwen.wording import quoted, shortened, unreadable
 
 _Record = tuple[int, int, int, int, int]
 """A MATRIX: addresses of its unit rows and its codebook, code of the encoding, padded rows, padded columns."""
@@ -296,7 +296,7 @@ def _opened(path: Path) -> tuple[Header, mmap.mmap]:
         named = f", which {INDEX} names" if path.name != "model.safetensors" else ""
         raise FormatError(f"{path} is missing{named}; {AGAIN}") from None
     except OSError as error:
-        raise FormatError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise FormatError(unreadable(path, error)) from None
     except HeaderError as error:
         raise FormatError(f"{path} is damaged or truncated: {error}; {AGAIN}") from None
     if len(mapping) != header.file_bytes:

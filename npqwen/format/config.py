@@ -9,7 +9,7 @@ from typing import Any
 
 from npqwen.errors import CheckpointError
 from npqwen.format.files import LARGEST_JSON, VALUES, read_json_text, read_small
-from npqwen.wording import quoted, shortened
+from npqwen.wording import quoted, shortened, unreadable
 
 MODEL_TYPES = ("qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text")
 FAMILY = "Qwen3, Qwen3-Next and Qwen3.5 to 3.8"
@@ -217,7 +217,7 @@ def read_json(path: Path, largest: int = LARGEST_JSON, values: int = VALUES) -> 
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} a complete model directory?") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(unreadable(path, error)) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {shortened(str(error))}") from None
     if not isinstance(raw, dict):

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, TypeGuard
 from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.files import LARGEST_JSON, is_lfs_pointer, open_regular, read_json_text
-from npqwen.wording import shortened
+from npqwen.wording import shortened, unreadable
 
 ALIGNMENT = 64
 """Bytes, a cache line: the data of files written here starts at a multiple of it."""
@@ -109,7 +109,7 @@ def stored_tensors(path: Path) -> dict[str, StoredTensor]:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing, a shard that {INDEX} names; download it again") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+        raise CheckpointError(unreadable(path, error)) from error
     except HeaderError as error:
         if is_lfs_pointer(path):
             raise CheckpointError(f"{path} is a Git LFS pointer, not the file itself; run `git lfs pull`") from None

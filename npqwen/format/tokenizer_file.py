@@ -10,6 +10,7 @@ from pathlib import Path
 
 from npqwen.errors import CheckpointError
 from npqwen.format.files import read_small
+from npqwen.wording import unreadable
 
 VALUES = 5_000_000
 """Most values of a tokenizer.json: 3 bytes may become an object of many more. Qwen3's has 1,000,000."""
@@ -34,7 +35,7 @@ def read_tokenizer(path: Path) -> bytes:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing; is {path.parent} a complete model directory?") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(unreadable(path, error)) from None
     if sum(map(data.count, (b",", b"[", b"{"))) > VALUES:
         raise CheckpointError(f"{path} cannot be read: it has more than {VALUES:,} values")
     if _has_escapes(data):

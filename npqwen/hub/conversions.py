@@ -26,7 +26,7 @@ from npqwen.hub.snapshot import downloaded
 from npqwen.hub.source import LocalSource, Source, local_source
 from npqwen.hub.support import Purpose, check, check_purpose, file_error
 from npqwen.hub.transfer import Transfer
-from npqwen.wording import quoted
+from npqwen.wording import quoted, unreadable
 
 if TYPE_CHECKING:
     from npqwen_quant.adapter import AdapterFile
@@ -247,7 +247,7 @@ def _directory(model: str | os.PathLike[str]) -> Path | None:
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return None
-        raise ModelNotFoundError(f"{model} cannot be read: {error.strerror or error}") from None
+        raise ModelNotFoundError(unreadable(model, error)) from None
     if not stat.S_ISDIR(mode):
         from npqwen_quant.gguf import gguf_files
 

@@ -21,6 +21,7 @@ from npqwen.format.small_files import MODULES, SMALL_FILES, TEMPLATES
 from npqwen.format.task import Task, card_pipeline, task_of
 from npqwen.format.text_part import text_part
 from npqwen.hub.names import file_name
+from npqwen.wording import unreadable
 
 if TYPE_CHECKING:
     from npqwen_quant.gguf import GgufModel
@@ -163,14 +164,14 @@ class LocalSource(Source):
             found = [*directory.iterdir(), *directory.glob(TEMPLATES)]
             found += directory.glob(MODULES)
         except OSError as error:
-            raise CheckpointError(f"{self.label} cannot be read: {error.strerror or error}") from None
+            raise CheckpointError(unreadable(self.label, error)) from None
         for path in found:
             try:
                 status = path.stat()
             except FileNotFoundError:  # a dangling link
                 continue
             except OSError as error:
-                raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+                raise CheckpointError(unreadable(path, error)) from None
             if not stat.S_ISREG(status.st_mode):
                 continue
             digest = self._content(path, status)
@@ -216,7 +217,7 @@ class GgufSource(Source):
         try:
             status = path.stat()
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+            raise CheckpointError(unreadable(path, error)) from None
         return File(status.st_size, LocalSource._content(path, status))
 
     def small_file(self, name: str) -> Path:

@@ -20,7 +20,7 @@ from npqwen.hub.leftovers import leftovers
 from npqwen.kernels.compiled import is_trusted, unusable_files, usable_directories
 from npqwen.reports.finding import Finding
 from npqwen.reports.verification import verify_structure
-from npqwen.wording import shortened, size
+from npqwen.wording import shortened, size, unreadable
 
 _LITTLE = 1 << 30
 """Bytes of free disk below which the smallest model does not fit."""
@@ -53,7 +53,7 @@ def check_cache(root: Path) -> Iterator[Finding]:
             yield from _moved_aside(root)
             yield from _leftovers(root)
     except OSError as error:
-        yield Finding(f"{error.filename or root} cannot be read: {error.strerror}", "check who owns it")
+        yield Finding(unreadable(error.filename or root, error), "check who owns it")
 
 
 def _check_place(root: Path) -> Iterator[Finding]:

@@ -12,7 +12,7 @@ from npqwen.errors import CheckpointError
 from npqwen.format.config import read_json
 from npqwen.format.files import read_small
 from npqwen.format.task import LOGIT_SCORE, POOLING, Task, directory_task
-from npqwen.wording import shortened
+from npqwen.wording import shortened, unreadable
 
 _LAST_TOKEN = "lasttoken"
 _FLAG = "pooling_mode_"
@@ -90,7 +90,7 @@ def _modules(path: Path) -> tuple[str, ...]:
     except FileNotFoundError:
         return ()
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(unreadable(path, error)) from None
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON: {shortened(str(error))}") from None
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):

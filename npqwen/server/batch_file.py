@@ -16,7 +16,7 @@ from npqwen.errors import OptionError
 from npqwen.file_lock import try_lock
 from npqwen.server.fields import FieldError, parse_fields
 from npqwen.server.json_text import json_text
-from npqwen.wording import alternatives, quoted, shortened
+from npqwen.wording import alternatives, quoted, shortened, unreadable
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -65,7 +65,7 @@ class BatchInput:
                         self._places[request.custom_id] = file.tell() - len(line)
                         self.models.add(str(request.body.get("model") or ""))
         except OSError as error:
-            raise OptionError(f"{self.name} cannot be read: {error.strerror or error}") from None
+            raise OptionError(unreadable(self.name, error)) from None
         if not self._places:
             raise OptionError(f"{self.name} has no requests; write one per line, as JSON")
         self.custom_ids = list(self._places)

@@ -8,7 +8,7 @@ from typing import Any
 
 from npqwen.errors import OptionError
 from npqwen.structure.structure import MAX_SIZE
-from npqwen.wording import quoted, size
+from npqwen.wording import quoted, size, unreadable
 
 
 def read_schema(name: str, text: str) -> Any:
@@ -34,7 +34,7 @@ def read_file(name: str, path: str) -> str:
             raise OptionError(f"{name}: {path} has more than {size(4 * MAX_SIZE)}")
         return data.decode("utf-8-sig")
     except OSError as error:
-        raise OptionError(f"{name}: {path} cannot be read: {error.strerror or error}") from None
+        raise OptionError(unreadable(f"{name}: {path}", error)) from None
     except UnicodeDecodeError as error:
         raise OptionError(f"{name}: {path} is not UTF-8 (at byte {error.start})") from None
     except ValueError as error:

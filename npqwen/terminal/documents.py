@@ -9,7 +9,7 @@ from pathlib import Path
 
 from npqwen.checks import near_names
 from npqwen.errors import OptionError
-from npqwen.wording import alternatives, quoted
+from npqwen.wording import alternatives, quoted, unreadable
 
 PAGES = {
     "terminal": "docs/terminal.md",
@@ -87,7 +87,7 @@ class Documents:
             try:
                 text = path.read_text(encoding="utf-8")
             except OSError as error:
-                problem = f"{path}, a part of npqwen, cannot be read: {error.strerror}"
+                problem = unreadable(f"{path}, a part of npqwen,", error)
                 raise OptionError(f"{problem}; install npqwen again") from None
             found[name] = _sections(name, text)
         return found

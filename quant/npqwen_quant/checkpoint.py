@@ -16,7 +16,7 @@ from npqwen.format.quantization import is_converted
 from npqwen.format.safetensors import INDEX, read_index
 from npqwen.format.small_files import DOCUMENTS, SMALL_FILES
 from npqwen.format.text_part import text_name, text_part
-from npqwen.wording import shortened
+from npqwen.wording import shortened, unreadable
 from npqwen_quant.adapter import EMBEDDING, OUTPUT, Adapter, AdapterFile
 from npqwen_quant.experts import unfused, unstacked
 from npqwen_quant.gguf import GgufModel, gguf_files
@@ -197,7 +197,7 @@ class Checkpoint:
         try:
             return read_small(path)
         except OSError as error:
-            raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise CheckpointError(unreadable(path, error)) from error
 
     def check_unchanged(self) -> None:
         """Raise CheckpointError if a file has changed, by size or time, since it was first read."""

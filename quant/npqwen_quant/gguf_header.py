@@ -23,7 +23,7 @@ import numpy as np
 
 from npqwen.errors import CheckpointError
 from npqwen.format.files import open_regular
-from npqwen.wording import quoted, shortened
+from npqwen.wording import quoted, shortened, unreadable
 from npqwen_quant.gguf_types import TYPES, GgmlType, type_name
 
 MAGIC = b"GGUF"
@@ -108,7 +108,7 @@ def read_header(path: Path) -> GgufHeader:
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing") from None
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}") from None
+        raise CheckpointError(unreadable(path, error)) from None
     except _Damaged as error:
         raise CheckpointError(f"{path} is damaged or truncated: {error}; download it again") from None
 

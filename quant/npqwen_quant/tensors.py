@@ -14,7 +14,7 @@ import numpy.typing as npt
 from npqwen.errors import CheckpointError
 from npqwen.format.files import open_regular
 from npqwen.format.safetensors import StoredTensor, stored_tensors
-from npqwen.wording import shortened
+from npqwen.wording import shortened, unreadable
 
 CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 """The dtypes that can be converted, with NumPy dtypes to read them. BF16, which NumPy lacks, is read as its bits."""
@@ -101,7 +101,7 @@ class PlainTensor(SourceTensor):
                         raise CheckpointError(f"{self.path} became shorter while it was read")
                     view = view[got:]
         except OSError as error:
-            raise CheckpointError(f"{self.path} cannot be read: {error.strerror or error}") from error
+            raise CheckpointError(unreadable(self.path, error)) from error
         return out
 
 
