@@ -34,7 +34,7 @@ LAYERS = (
     "npqwen.tokenizer",
     "npqwen.format",
     "npqwen.hardware npqwen.atomic_file npqwen.cache_directory npqwen.file_lock",
-    "npqwen.checks npqwen.progress",
+    "npqwen.checks npqwen.progress npqwen.text_file",
     "npqwen.errors npqwen.wording",
 )
 """From top to bottom. A package or module imports from its own entry and from those below."""

@@ -8,7 +8,7 @@ import sys
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import click
 
@@ -24,7 +24,7 @@ from npqwen.commands.loading import (
 from npqwen.commands.options import Command
 from npqwen.errors import OptionError
 from npqwen.terminal.terminal import Terminal
-from npqwen.wording import shortened
+from npqwen.text_file import read_text
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -135,31 +135,12 @@ def read_texts(names: tuple[str, ...]) -> dict[str, str]:
 
 
 def _read_text(name: str, label: str) -> str:
-    try:
-        if name == "-":
-            data = _read(sys.stdin.buffer)
-        else:
-            with open(os.path.expanduser(name), "rb") as file:
-                data = _read(file)
-    except (OSError, ValueError) as error:
-        problem = error.strerror if isinstance(error, OSError) else "its name is not valid"
-        raise OptionError(f"{shortened(label, 200)} cannot be read: {problem}") from None
-    if len(data) > TEXT_BYTES:
-        raise OptionError(f"{label} is larger than {TEXT_BYTES // 1_000_000} MB; evaluate a part of it")
-    if b"\0" in data:
+    text = read_text(sys.stdin.buffer if name == "-" else name, label, TEXT_BYTES)
+    if "\0" in text:
         raise OptionError(f"{label} is not text: it contains NUL bytes")
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise OptionError(f"{label} is not text in UTF-8 (at byte {error.start})") from None
     if not text:
         raise OptionError(f"{label} is empty")
     return text
-
-
-def _read(file: BinaryIO) -> bytes:
-    """All of a file, but at most TEXT_BYTES + 1 bytes."""
-    return file.read(TEXT_BYTES + 1)
 
 
 def _resolve_both(

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from npqwen.commands.options import keyboard_notice, stdin_text
 from npqwen.errors import OptionError
-from npqwen.wording import quoted, shortened
+from npqwen.text_file import read_text
+from npqwen.wording import quoted
 
 if TYPE_CHECKING:
     from npqwen.terminal.terminal import Terminal
@@ -37,15 +38,8 @@ def read_records(file: str, as_json: bool, terminal: Terminal, what: str) -> lis
     if file == "-":
         text = stdin_text(terminal, keyboard_notice(what))
     else:
-        path = Path(file).expanduser()
-        as_json = as_json or path.suffix.lower() in (".jsonl", ".ndjson")
-        try:
-            text = path.read_bytes().decode("utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise OptionError(f"{file} is not UTF-8 (at byte {error.start})") from None
-        except (OSError, ValueError) as error:
-            problem = (error.strerror or error) if isinstance(error, OSError) else "its name is not valid"
-            raise OptionError(f"{shortened(file, 200)} cannot be read: {problem}") from None
+        as_json = as_json or Path(file).suffix.lower() in (".jsonl", ".ndjson")
+        text = read_text(file, file)
     name = "stdin" if file == "-" else file
     lines = text.replace("\r\n", "\n").split("\n")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

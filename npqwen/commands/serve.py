@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -21,6 +20,7 @@ from npqwen.commands.loading import (
 from npqwen.commands.options import Command, argument_text
 from npqwen.errors import OptionError
 from npqwen.terminal.terminal import Terminal
+from npqwen.text_file import read_text
 from npqwen.wording import quoted
 
 if TYPE_CHECKING:
@@ -178,11 +178,7 @@ def _keys_in(file: str | None) -> Sequence[str]:
     """The keys in a file: one per line; blank lines, and those that begin with "#", are skipped."""
     if file is None:
         return ()
-    try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = (error.strerror or error) if isinstance(error, OSError) else "it is not UTF-8"
-        raise OptionError(f"--api-key-file {quoted(file)} cannot be read: {reason}") from None
+    lines = read_text(file, f"--api-key-file {quoted(file)}").splitlines()
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]
     if not keys:
         raise OptionError(f"--api-key-file {quoted(file)} has no key; write one per line")

@@ -138,7 +138,7 @@ def test_a_damaged_record_is_as_none(tiny: Callable[[int], Path], tmp_path: Path
     ("content", "problem"),
     [
         (b"", "is empty"),
-        (b"\x80\x81", "is not text in UTF-8 (at byte 0)"),
+        (b"\x80\x81", "is not UTF-8 (at byte 0)"),
         (b"abc\0def", "is not text: it contains NUL bytes"),
         (b"a", "is too short; a text must have at least 2 tokens"),
         (None, "cannot be read: No such file"),

@@ -328,14 +328,14 @@ def test_files_and_texts_on_the_command_line(tmp_path: Path) -> None:
         "bad": "bad is not UTF-8 (at byte 0)",
         "cut": "is not JSON: Expecting value at line 2",
         "list": r"schema is [1]; it must be a dictionary",
-        "large": "has more than 4.2 MB",
+        "large": "is larger than 4 MB",
     }.items():
         with pytest.raises(OptionError) as refused:
             read(str(tmp_path / name))
         assert message in str(refused.value)
     with pytest.raises(OptionError, match="is not JSON: Expecting property name"):
         read("{oops}")
-    with pytest.raises(OptionError, match="is not the name of a file"):
+    with pytest.raises(OptionError, match="its name is not valid"):
         read("\0")
 
 
