@@ -215,6 +215,8 @@ def load(
 
     Raises ModelNotFoundError, CheckpointError, FormatError, OptionError, OutputError or OutOfMemoryError.
     """
+    from functools import partial
+
     from npqwen import hub
     from npqwen.hub.names import model_name
     from npqwen.progress import bars_or
@@ -226,28 +228,20 @@ def load(
         check_directory(check_path(prefix_cache))
     bars, own = bars_or(progress)
     with bars:
-        path = hub.resolve(
-            model,
-            bits,
-            revision=revision,
+        resolve = partial(
+            hub.resolve,
             low_disk=low_disk,
             notice=notice,
             progress=own or bars.of("converting"),
             download_bars=bars.shown,
         )
+        path = resolve(model, bits, revision=revision)
 
         from npqwen.hardware.contention import too_many_threads
         from npqwen.model import Model, load
 
         if draft is not None and not isinstance(draft, Model):
-            draft = hub.resolve(
-                draft,
-                None,
-                low_disk=low_disk,
-                notice=notice,
-                progress=own or bars.of("converting"),
-                download_bars=bars.shown,
-            )
+            draft = resolve(draft, None)
 
         if isinstance(threads, int) and (problem := too_many_threads(threads)) is not None:
             import warnings
