@@ -56,9 +56,9 @@ def instance(kind: Any, value: Any) -> Any:
         return kind(*_items(list(field_hints(kind).values()), value))
     if kind is tuple and args and args[-1] is not ...:
         return tuple(_items(list(args), value))
-    if kind is tuple or kind in ARRAYS:
+    if kind in ARRAYS:
         items = [instance(args[0], item) for item in _of(list, value)] if args else _of(list, value)
-        return ARRAYS.get(kind, tuple)(items)
+        return ARRAYS[kind](items)
     if kind in (dict, abc.Mapping, abc.MutableMapping):
         return {key: instance(args[1] if args else Any, item) for key, item in _of(dict, value).items()}
     return value

@@ -15,9 +15,12 @@ from npqwen.structure.hints import field_hints, is_named_tuple, type_hints
 from npqwen.wording import quoted
 
 SCALARS: Mapping[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
+"""Types that are neither arrays nor objects in JSON, and their names there."""
 ARRAYS: Mapping[Any, type[Any]] = {
-    **{kind: kind for kind in (list, set, frozenset, deque)},
-    **dict.fromkeys((abc.Iterable, abc.Collection, abc.Sequence, abc.MutableSequence), list),
+    **{kind: kind for kind in (list, tuple, set, frozenset, deque)},
+    **dict.fromkeys(
+        (abc.Iterable, abc.Container, abc.Collection, abc.Reversible, abc.Sequence, abc.MutableSequence), list
+    ),
     **dict.fromkeys((abc.Set, abc.MutableSet), set),
 }
 """Types that are arrays in JSON, and the type that an array becomes for each."""
@@ -112,9 +115,7 @@ class _Definitions:
                 return check_literal(kind, [member.value for member in kind], where)
             elif is_named_tuple(kind):
                 return self._tuple([self.schema(h, f"{where}.{n}") for n, h in field_hints(kind).items()])
-            elif kind is tuple and (not args or args[-1] is ...):
-                return {"type": "array"} | ({"items": self.schema(args[0], where)} if args else {})
-            elif kind is tuple:
+            elif kind is tuple and args and args[-1] is not ...:
                 return self._tuple([self.schema(item, where) for item in args])
             elif kind in (dict, abc.Mapping, abc.MutableMapping):
                 if not args or args[0] in (str, *_ANY):

@@ -8,21 +8,12 @@ from __future__ import annotations
 import contextlib
 import json
 import types
-from collections import abc, deque
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from enum import Enum
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_typeddict
 
 from npqwen.structure.hints import field_hints, is_named_tuple
-
-COLLECTIONS: Mapping[Any, type[Collection[Any]]] = {
-    **{kind: kind for kind in (list, tuple, set, frozenset, deque)},
-    **dict.fromkeys(
-        (abc.Iterable, abc.Container, abc.Collection, abc.Reversible, abc.Sequence, abc.MutableSequence), list
-    ),
-    **dict.fromkeys((abc.Set, abc.MutableSet), set),
-}
-"""Collection types of hints and the type that a JSON array becomes for each. Other iterable classes are left alone."""
+from npqwen.structure.type_schema import ARRAYS
 
 
 class ArgumentError(ValueError):
@@ -65,8 +56,8 @@ def coerce(value: Any, hint: Any, where: str) -> Any:
         return kind(*_fixed_items(_decoded(value, list, where), list(field_hints(kind).values()), where))
     if kind is tuple and args and args[-1] is not ...:
         return tuple(_fixed_items(_decoded(value, list, where), list(args), where))
-    if kind in COLLECTIONS:
-        return _collection(_decoded(value, list, where), COLLECTIONS[kind], args, where)
+    if kind in ARRAYS:
+        return _collection(_decoded(value, list, where), ARRAYS[kind], args, where)
     return value
 
 

@@ -23,11 +23,10 @@ from npqwen.structure.hints import (
     type_hints,
     without_partial,
 )
-from npqwen.tools.arguments import COLLECTIONS
+from npqwen.structure.type_schema import ARRAYS, SCALARS
 from npqwen.tools.docstrings import read_docstring
 from npqwen.wording import quoted
 
-_SCALARS: dict[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
 _CHOICES = re.compile(r"\(choices:\s*(.*?)\)\s*$", re.IGNORECASE)
 _VARIADIC = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
@@ -116,8 +115,8 @@ def hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
         return _union([inner(option) for option in args if option is not type(None)], type(None) in args)
     if origin is Literal:
         return _enum(list(args))
-    if kind in _SCALARS:
-        return {"type": _SCALARS[kind]}
+    if kind in SCALARS:
+        return {"type": SCALARS[kind]}
     if not isinstance(kind, type):
         return {}
     if is_typeddict(kind):
@@ -138,7 +137,7 @@ def hint_schema(hint: Any, within: tuple[Any, ...] = ()) -> dict[str, Any]:
         return {"type": "array", "prefixItems": [inner(item) for item in args]}
     if issubclass(kind, Mapping):
         return {"type": "object"} | ({"additionalProperties": inner(args[1])} if len(args) == 2 else {})
-    if kind in COLLECTIONS:
+    if kind in ARRAYS:
         return {"type": "array"} | ({"items": inner(args[0])} if args else {})
     return {}
 
@@ -156,7 +155,7 @@ def _union(options: list[dict[str, Any]], nullable: bool) -> dict[str, Any]:
 
 def _enum(values: list[Any]) -> dict[str, Any]:
     values = [value.value if isinstance(value, Enum) else value for value in values]
-    if not values or any(type(value) not in _SCALARS for value in values):
+    if not values or any(type(value) not in SCALARS for value in values):
         return {}
-    names = list(dict.fromkeys(_SCALARS[type(value)] for value in values))
+    names = list(dict.fromkeys(SCALARS[type(value)] for value in values))
     return {"type": names[0] if len(names) == 1 else names, "enum": values}

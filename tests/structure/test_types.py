@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from enum import Enum
 from typing import Annotated, Any, Literal, NamedTuple, NewType, Optional, TypedDict, Union
 
@@ -122,6 +122,7 @@ def test_a_dataclass_of_everything() -> None:
         (str, "a", "a"),
         (Model, {"x": 5}, Model(x=5)),
         (Leaf | Model, {"x": 5}, Model(x=5)),
+        (Container[int], [1, 2], [1, 2]),
     ],
 )
 def test_hints_can_be_schemas_themselves(kind: Any, value: Any, expected: Any) -> None:
