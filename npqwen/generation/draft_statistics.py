@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
     from npqwen.engine.pass_times import PassTimes
 
+CATCH_UP = 32
+"""The most tokens of the text that a drafter runs in one pass together with the first draft token."""
 _CONFIDENCES = (0.3, 0.5, 0.7, 0.85, 0.95, 0.99)
 """The boundaries of the kinds of draft tokens, by the drafter's own probability of them."""
 _BELIEFS = (0.2, 0.4, 0.6, 0.75, 0.85, 0.95, 0.98)

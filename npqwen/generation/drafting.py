@@ -12,8 +12,6 @@ if TYPE_CHECKING:
 
 ANSWERS = 4096
 """The most tokens of earlier texts from which drafts are taken, too."""
-CATCH_UP = 32
-"""The most tokens of the text that a drafter runs in one pass together with the first draft token."""
 
 
 class Drafting:

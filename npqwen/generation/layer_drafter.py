@@ -19,9 +19,8 @@ from numpy.typing import NDArray
 
 from npqwen.engine.hidden_tail import KEPT, HiddenTail
 from npqwen.errors import NpqwenError
-from npqwen.generation.draft_statistics import DraftStatistics, DraftToken
+from npqwen.generation.draft_statistics import CATCH_UP, DraftStatistics, DraftToken
 from npqwen.generation.draft_vocabulary import DraftVocabulary
-from npqwen.generation.drafting import CATCH_UP
 
 if TYPE_CHECKING:
     from npqwen.engine.draft_layer import DraftLayer

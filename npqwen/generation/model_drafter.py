@@ -10,8 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.errors import NpqwenError, OptionError
-from npqwen.generation.draft_statistics import RECENT, DraftStatistics, DraftToken, enough_ids
-from npqwen.generation.drafting import CATCH_UP
+from npqwen.generation.draft_statistics import CATCH_UP, RECENT, DraftStatistics, DraftToken, enough_ids
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache

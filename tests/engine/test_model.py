@@ -96,9 +96,9 @@ def test_the_context_is_a_limit(
     with pytest.raises(ContextLengthError, match="a cache for 2049 tokens exceeds the model's context of 2048"):
         model.new_cache(2049)
     rooms: tuple[Any, ...] = (0, -1, 1.5, "9", True)
-    for room in rooms:
-        with pytest.raises(OptionError, match=f"room is {room!r}; it must be a whole number, 1 or more"):
-            model.new_cache(room)
+    for capacity in rooms:
+        with pytest.raises(OptionError, match=f"capacity is {capacity!r}; it must be a whole number, 1 or more"):
+            model.new_cache(capacity)
     monkeypatch.setattr("npqwen.engine.arrays.available_memory", lambda: 0)  # nothing is made room for first
     with pytest.raises(ContextLengthError):
         model.logits(np.zeros(2049, np.int64))
