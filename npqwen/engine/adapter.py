@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,8 @@ from npqwen.format.adapter import EMBEDDING, OUTPUT, StoredAdapter
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_COLUMNS, UNIT_ROWS
 from npqwen.format.factors import Factor, Factors
-from npqwen.format.files import open_regular
+from npqwen.format.files import fill, open_regular
+from npqwen.format.floats import DTYPES, narrow, widen
 from npqwen.format.layout import Experts, Layout, Matrix, Tensor, pad
 from npqwen.format.safetensors import StoredTensor
 from npqwen.format.split_matrices import Rows, split, whole
@@ -30,7 +31,6 @@ from npqwen.wording import shortened, size
 Floats = NDArray[np.float32]
 _KEPT = 4
 """Tensors in memory while factors are read: experts take turns at those that have the factors of all."""
-_DTYPES = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
 _LAYER = (
     (
         dense.ATTENTION_INPUT,
@@ -131,15 +131,11 @@ class Adapter:
 
             @lru_cache(_KEPT)
             def read(tensor: StoredTensor) -> Floats:
-                raw = np.empty(tensor.shape, _DTYPES[tensor.dtype])
-                view = raw.reshape(-1).view(np.uint8).data
+                raw = np.empty(tensor.shape, DTYPES[tensor.dtype])
                 file.seek(tensor.offset)
-                while view:
-                    got = file.readinto(view)  # type: ignore[attr-defined]
-                    if not got:
-                        raise CheckpointError(f"{stored.weights} became shorter while it was read")
-                    view = view[got:]
-                wide = _widen(raw)
+                if fill(file, raw) != raw.nbytes:
+                    raise CheckpointError(f"{stored.weights} became shorter while it was read")
+                wide = widen(raw)
                 if not np.isfinite(wide).all():
                     raise CheckpointError(f"{stored.weights} holds NaN or infinity; the adapter is broken")
                 return wide
@@ -182,7 +178,7 @@ class Adapter:
             """values: (groups of 16 rows, columns, 16)."""
             nonlocal end
             start, end = end, end + pad(2 * values.size, CACHE_LINE)
-            halves = _bf16(values).ravel()
+            halves = narrow(values).ravel()
             if (halves & 0x7FFF == 0x7F80).any():
                 raise CheckpointError(f"{self.directory} has values beyond the range of bf16; the adapter is broken")
             self._memory[start : start + 2 * values.size].view(np.uint16)[:] = halves
@@ -291,18 +287,3 @@ def _grouped(matrix: Floats) -> Floats:
     """A view of a matrix as (groups of 16 rows, columns, 16)."""
     grouped: Floats = matrix.reshape(-1, UNIT_ROWS, matrix.shape[1]).transpose(0, 2, 1)
     return grouped
-
-
-def _widen(stored: NDArray[Any]) -> Floats:
-    """float32 of f16, f32 or the bits of bf16."""
-    if stored.dtype == np.uint16:
-        stored = (stored.astype(np.uint32) << np.uint32(16)).view(np.float32)
-    return stored.astype(np.float32, copy=False)
-
-
-def _bf16(values: Floats) -> NDArray[np.uint16]:
-    """The bits of the nearest bf16, ties to even."""
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    rounded = bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))
-    halves: NDArray[np.uint16] = (rounded >> np.uint32(16)).astype(np.uint16)
-    return halves

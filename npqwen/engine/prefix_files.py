@@ -30,9 +30,9 @@ from numpy.typing import NDArray
 from npqwen.atomic_file import new_file, remove_abandoned, writing
 from npqwen.engine.kv_cache import KVCache, page_part
 from npqwen.engine.prefix_page import MIN_PREFIX, Ids, PrefixPage, common_prefix, key_after, root_key
-from npqwen.engine.snapshot import fill, page_dtype
+from npqwen.engine.snapshot import page_dtype
 from npqwen.errors import OptionError, OutputError
-from npqwen.format.files import open_regular
+from npqwen.format.files import fill, open_regular
 from npqwen.format.safetensors import Header, HeaderError, make_header, read_header
 from npqwen.kernels.cache_page import PAGE
 from npqwen.wording import size

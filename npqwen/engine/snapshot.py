@@ -27,7 +27,7 @@ from npqwen.engine.cache_type import CacheType
 from npqwen.engine.kv_cache import KVCache, clear_positions
 from npqwen.engine.recurrent_states import State
 from npqwen.errors import ContextLengthError, FormatError, OutputError
-from npqwen.format.files import open_regular
+from npqwen.format.files import fill, open_regular
 from npqwen.format.layout import ceil_div
 from npqwen.format.safetensors import HeaderError, make_header, read_header, tensor_bytes
 from npqwen.kernels.cache_page import PAGE
@@ -216,11 +216,3 @@ def _used(cache: KVCache, count: int) -> Iterator[NDArray[Any]]:
         pages[-1] = page = pages[-1].copy()
         clear_positions(page, past, cache.kv)
     yield from pages
-
-
-def fill(file: BinaryIO, page: NDArray[Any]) -> int:
-    """Fill a contiguous array from a file; returns the bytes read, fewer only at the end of the file."""
-    rest = page.reshape(-1).view(np.uint8)
-    while rest.size and (done := file.readinto(rest.data)):  # type: ignore[attr-defined]
-        rest = rest[done:]
-    return page.nbytes - rest.size

@@ -21,6 +21,7 @@ from npqwen.format.alpha_patterns import AlphaPatterns
 from npqwen.format.bare_names import is_bare, prefixed
 from npqwen.format.config import Config, read_json
 from npqwen.format.factors import Factor, Factors, FusedFactors, orientations
+from npqwen.format.floats import DTYPES
 from npqwen.format.fused_experts import FUSED, fused_shapes
 from npqwen.format.safetensors import StoredTensor, stored_tensors
 from npqwen.format.text_part import text_name
@@ -28,8 +29,6 @@ from npqwen.wording import quoted, shortened
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
-DTYPES = ("BF16", "F16", "F32")
-"""Supported dtypes of factors and of matrices that are saved whole."""
 
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<embedding>embedding_)?(?P<factor>[AB])(?(embedding)|\.weight)")

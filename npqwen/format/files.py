@@ -10,7 +10,10 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 _POINTER = b"version https://git-lfs.github.com/spec/"
 _POINTER_BYTES = 1024
@@ -39,6 +42,15 @@ def open_regular(path: Path) -> BinaryIO:
     except BaseException:
         os.close(descriptor)
         raise
+
+
+def fill(file: BinaryIO, array: NDArray[Any]) -> int:
+    """Fill a contiguous array from a file; returns the bytes read, fewer than the array's only at the end of the file.
+    """
+    rest = array.reshape(-1).view("u1")
+    while rest.size and (done := file.readinto(rest.data)):  # type: ignore[attr-defined]
+        rest = rest[done:]
+    return array.nbytes - rest.size
 
 
 def is_lfs_pointer(path: Path) -> bool:

@@ -18,8 +18,9 @@ from npqwen.format.adapter import AdapterFile as AdapterFile
 from npqwen.format.adapter import StoredAdapter
 from npqwen.format.config import Config
 from npqwen.format.factors import Factor, Factors
+from npqwen.format.floats import widen
 from npqwen_quant.recent import Recent
-from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
+from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 
 class Adapter(StoredAdapter):

@@ -14,12 +14,13 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
+from npqwen.format.floats import widen
 from npqwen.format.layout import ceil_div
 from npqwen.wording import quoted
 from npqwen_quant.by_columns import ColumnsTensor, Loaded
 from npqwen_quant.parts import FLOATS, WORDS, Module, UnreadableError, check_group_size, modules, unpack
 from npqwen_quant.recent import Recent
-from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
+from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 _BITS = 4
 _IN_WORD = 8

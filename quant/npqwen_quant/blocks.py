@@ -19,9 +19,6 @@ U8 = npt.NDArray[np.uint8]
 Fit = tuple[U8, I8, F32]
 """Integers (rows, columns) that index the encoding's values, block scales (rows, columns / 32), row scales (rows,)."""
 
-INFINITY = 0x7F800000
-"""The bits of float32's infinity: those of a NaN's magnitude are greater, those of any finite number smaller."""
-
 
 @jit
 def _store(q: U8, scales: I8, planes: Any, offset: int, units: U8) -> None:

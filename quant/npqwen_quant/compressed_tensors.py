@@ -18,10 +18,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
+from npqwen.format.floats import widen
 from npqwen.wording import quoted
 from npqwen_quant.fp8 import FP8, OF_ACTIVATIONS, block_size, blocks_of, check_matrix, scaled
 from npqwen_quant.parts import FLOATS, INDICES, WORDS, Module, UnreadableError, modules, packed_words, unpack
-from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
+from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 _FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
 _VALUES = (FP8, "I8")

@@ -16,6 +16,7 @@ from npqwen.errors import CheckpointError, OptionError, OutputError
 from npqwen.format.checksums import NAME as CHECKSUMS
 from npqwen.format.checksums import Checksums, bytes_digest, config_digest
 from npqwen.format.files import read_small
+from npqwen.format.floats import DTYPES, widen
 from npqwen.format.layout import Codebook
 from npqwen.format.quantization import FORMAT_VERSION, Quantization
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
@@ -33,7 +34,7 @@ from npqwen_quant.packing import bytes_read, packed
 from npqwen_quant.plan import OutputTensor, plan
 from npqwen_quant.small_file import SmallFile
 from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
-from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor, widen
+from npqwen_quant.tensors import PlainTensor, SourceTensor
 from npqwen_quant.writer import Writer
 
 _VERSION = 2
@@ -158,7 +159,7 @@ def _tell_of_output(checkpoint: Checkpoint, notice: Notice | None) -> None:
         return
     if not isinstance(output, PlainTensor) or not isinstance(embedding, PlainTensor):
         return
-    if output.shape != embedding.shape or output.stored.dtype not in CONVERTIBLE:
+    if output.shape != embedding.shape or output.stored.dtype not in DTYPES:
         return
     for row in np.linspace(0, output.shape[0] - 1, 16).astype(int):
         if not np.array_equal(widen(output.read(row, 1)), widen(embedding.read(row, 1))):

@@ -10,10 +10,11 @@ import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
 from npqwen.format.config import Config
+from npqwen.format.floats import DTYPES
 from npqwen.format.fused_experts import FUSED, fused_shapes
 from npqwen.wording import shortened
 from npqwen_quant.recent import Recent
-from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor
+from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 _STACKED = ".mlp.switch_mlp."
 _EXPERTS = ".mlp.experts."
@@ -147,7 +148,7 @@ class TransposedRows(SourceTensor):
         stored = self._stored
 
         def load() -> npt.NDArray[Any]:
-            return stored.stored_rows(0, stored.shape[0], CONVERTIBLE[stored.stored.dtype])
+            return stored.stored_rows(0, stored.shape[0], DTYPES[stored.stored.dtype])
 
         # gate and up share one stored matrix
         matrix = self._recent.get((stored.path, stored.stored.offset), load)

@@ -15,9 +15,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
+from npqwen.format.floats import DTYPES, widen
 from npqwen.format.layout import ceil_div
 from npqwen.wording import quoted, shortened
-from npqwen_quant.tensors import CONVERTIBLE, PlainTensor, SourceTensor, widen
+from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 FP8 = "F8_E4M3"
 _SCALES = ("weight_scale_inv", "weight_scale")
@@ -65,7 +66,7 @@ class ScaledTensor(SourceTensor):
         values = _values(self._weight, first * self.shape[1], count * self.shape[1]).reshape(count, -1)
         start, stop = first // rows, ceil_div(first + count, rows)
         place = start * self._blocks[1], (stop - start) * self._blocks[1]
-        scales = self._wide(widen(self._scale.elements(*place, CONVERTIBLE[self._scale.stored.dtype])))
+        scales = self._wide(widen(self._scale.elements(*place, DTYPES[self._scale.stored.dtype])))
         zeros = None if self._zero is None else self._wide(_values(self._zero, *place))
         with np.errstate(invalid="ignore", over="ignore"):  # the caller refuses what is not finite
             for block in range(start, stop):
@@ -99,7 +100,7 @@ def scaled(
 
     blocks: rows and columns of a block for each shape that the scales may have.
     """
-    if scale.stored.dtype not in CONVERTIBLE:
+    if scale.stored.dtype not in DTYPES:
         raise CheckpointError(
             f"{scale.path}: the scales of {shortened(name)} are stored as {shortened(scale.stored.dtype)}; they can be "
             "BF16, F16 or F32"

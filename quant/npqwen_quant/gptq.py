@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
+from npqwen.format.floats import widen
 from npqwen.format.layout import ceil_div
 from npqwen.wording import quoted
 from npqwen_quant.by_columns import ColumnsTensor, Loaded
@@ -31,7 +32,7 @@ from npqwen_quant.parts import (
     unpack,
 )
 from npqwen_quant.recent import Recent
-from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
+from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 BITS = (2, 3, 4, 8)
 _STORED_MINUS = {"gptq": 1, "gptq_v2": 0}

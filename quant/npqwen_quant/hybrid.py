@@ -21,9 +21,10 @@ import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
 from npqwen.format.config import CONVOLUTION, Config, Recurrence
+from npqwen.format.floats import widen
 from npqwen.format.split_matrices import split
 from npqwen.wording import shortened
-from npqwen_quant.tensors import SourceTensor, widen
+from npqwen_quant.tensors import SourceTensor
 
 _NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
 _OTHER_NORMS = ("model.norm", "mtp.norm", "mtp.pre_fc_norm_embedding", "mtp.pre_fc_norm_hidden")

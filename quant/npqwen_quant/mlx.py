@@ -15,10 +15,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
+from npqwen.format.floats import widen
 from npqwen.format.text_part import text_name
 from npqwen.wording import quoted
 from npqwen_quant.parts import FLOATS, Module, UnreadableError, modules, unpack
-from npqwen_quant.tensors import PlainTensor, SourceTensor, widen
+from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _EXPERT = re.compile(r"\.experts\.\d+\.")

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
 from npqwen.format.encodings import UNIT_ROWS, Encoding
+from npqwen.format.floats import narrow, widen
 from npqwen.format.layout import Matrix, Part, Vector, ceil_div
 from npqwen_quant import blocks
 from npqwen_quant.calibration import Fits
 from npqwen_quant.steps import Step
-from npqwen_quant.tensors import SourceTensor, widen
+from npqwen_quant.tensors import SourceTensor
 
 Packed = tuple[npt.NDArray[Any], int]
 """Bytes for the output, and how many bytes of the checkpoint they were made from."""
@@ -113,7 +114,7 @@ def _store(
     """
     source = sources[part.source]
     if not encoding.is_integer:
-        bits = _narrow(rows)
+        bits = narrow(rows)
         infinite = (bits & 0x7F80) == 0x7F80
         if infinite.any():
             if np.isfinite(widen(rows)).all():
@@ -128,14 +129,3 @@ def _store(
 
 def _not_finite(source: SourceTensor, name: str) -> CheckpointError:
     return CheckpointError(f"{source.path}: {name} holds NaN or infinity; the checkpoint is broken")
-
-
-def _narrow(stored: npt.NDArray[Any]) -> npt.NDArray[np.uint16]:
-    """The bits of bf16: copied from bf16, rounded to nearest, ties to even, from f16 or f32."""
-    if stored.dtype == np.uint16:
-        return stored
-    values = stored.astype(np.float32, copy=False).view(np.uint32)
-    rounded = (values + 0x7FFF + ((values >> 16) & 1)) >> 16
-    # Rounding could carry from a NaN's mantissa beyond its exponent.
-    rounded[(values & 0x7FFFFFFF) > blocks.INFINITY] = 0x7FC0
-    return rounded.astype(np.uint16)

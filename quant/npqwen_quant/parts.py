@@ -9,10 +9,11 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
+from npqwen.format.floats import DTYPES
 from npqwen.wording import quoted, shortened
-from npqwen_quant.tensors import CONVERTIBLE, PlainTensor
+from npqwen_quant.tensors import PlainTensor
 
-FLOATS = tuple(CONVERTIBLE)
+FLOATS = tuple(DTYPES)
 WORDS = ("I32", "U32")
 INDICES = {"I32": "<i4", "I64": "<i8"}
 

@@ -10,9 +10,9 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.format.encodings import UNIT_ROWS, Encoding
+from npqwen.format.floats import widen
 from npqwen.format.layout import Matrix, Part
 from npqwen_quant import blocks
-from npqwen_quant.tensors import widen
 
 SECONDS = 0.2
 """Seconds of measurement for each encoding."""

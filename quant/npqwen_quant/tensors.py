@@ -12,12 +12,10 @@ import numpy as np
 import numpy.typing as npt
 
 from npqwen.errors import CheckpointError
-from npqwen.format.files import open_regular
+from npqwen.format.files import fill, open_regular
+from npqwen.format.floats import DTYPES, widen
 from npqwen.format.safetensors import StoredTensor, stored_tensors
 from npqwen.wording import shortened, unreadable
-
-CONVERTIBLE = {"BF16": "<u2", "F16": "<f2", "F32": "<f4"}
-"""The dtypes that can be converted, with NumPy dtypes to read them. BF16, which NumPy lacks, is read as its bits."""
 
 
 class SourceTensor(ABC):
@@ -60,7 +58,7 @@ class PlainTensor(SourceTensor):
 
     def check(self, name: str) -> None:
         """Raise CheckpointError for a dtype that cannot be converted."""
-        if self.stored.dtype not in CONVERTIBLE:
+        if self.stored.dtype not in DTYPES:
             raise CheckpointError(
                 f"{self.path}: {name} is stored as {shortened(self.stored.dtype)}; only BF16, F16 and F32 can be "
                 "converted"
@@ -68,7 +66,7 @@ class PlainTensor(SourceTensor):
 
     def read(self, first: int, count: int) -> npt.NDArray[Any]:
         """See SourceTensor."""
-        return self.stored_rows(first, count, CONVERTIBLE[self.stored.dtype])
+        return self.stored_rows(first, count, DTYPES[self.stored.dtype])
 
     def entry(self, index: int) -> PlainTensor:
         """The tensor at this index of the first dimension, with one dimension less."""
@@ -91,15 +89,11 @@ class PlainTensor(SourceTensor):
     def elements(self, first: int, count: int, dtype: str) -> npt.NDArray[Any]:
         """`stored_rows`, by elements instead of rows."""
         out = np.empty(count, dtype)
-        view = out.view(np.uint8).data
         try:
             with open_regular(self.path) as file:
                 file.seek(self.stored.offset + first * out.itemsize)
-                while view:
-                    got = file.readinto(view)  # type: ignore[attr-defined]
-                    if not got:
-                        raise CheckpointError(f"{self.path} became shorter while it was read")
-                    view = view[got:]
+                if fill(file, out) != out.nbytes:
+                    raise CheckpointError(f"{self.path} became shorter while it was read")
         except OSError as error:
             raise CheckpointError(unreadable(self.path, error)) from error
         return out
@@ -108,12 +102,3 @@ class PlainTensor(SourceTensor):
 def read_tensors(path: Path) -> dict[str, PlainTensor]:
     """The tensors of one file; CheckpointError if it is missing or damaged."""
     return {name: PlainTensor(path, tensor) for name, tensor in stored_tensors(path).items()}
-
-
-def widen(stored: npt.NDArray[Any]) -> npt.NDArray[np.float32]:
-    """float32 of f16, f32 or the bits of bf16."""
-    if stored.dtype == np.uint16:
-        wide = stored.astype(np.uint32)
-        wide <<= 16
-        return wide.view(np.float32)
-    return stored.astype(np.float32, copy=False)
