@@ -11,7 +11,8 @@ import numpy as np
 from numba import njit
 
 from npqwen.kernels import compiled
-from npqwen.kernels.compiled import FUNCTIONS, compile_kernel, reporting
+from npqwen.kernels.compile_events import FUNCTIONS, reporting
+from npqwen.kernels.compiled import compile_kernel
 
 COMPILED = [(0, FUNCTIONS), (FUNCTIONS, FUNCTIONS)]
 """The progress that is reported when a function is compiled; nothing is when it is loaded."""

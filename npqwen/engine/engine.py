@@ -35,7 +35,8 @@ from npqwen.errors import ClosedError, ContextLengthError, OptionError
 from npqwen.format.config import Config
 from npqwen.format.encodings import UNIT_ROWS
 from npqwen.hardware.machine import available_memory, default_threads
-from npqwen.kernels.compiled import compile_kernel, reporting
+from npqwen.kernels.compile_events import reporting
+from npqwen.kernels.compiled import compile_kernel
 from npqwen.kernels.matrix import read_row
 from npqwen.kernels.paging import prefetch_policy
 

@@ -18,10 +18,9 @@ import pickle
 import platform
 import stat
 import sys
-import threading
 import uuid
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -29,13 +28,14 @@ from typing import Any, BinaryIO
 
 import llvmlite
 import numba
-from numba.core import caching, event
+from numba.core import caching
 from numba.core.registry import cpu_target
 
 from npqwen.cache_directory import cache_directory
 from npqwen.errors import KernelCacheWarning, user_stacklevel
 from npqwen.format.files import open_regular
-from npqwen.kernels.compile_lock import WAITING, CompileLock
+from npqwen.kernels.compile_events import raising_interrupts
+from npqwen.kernels.compile_lock import CompileLock
 
 _SOURCES = (
     "simd",
@@ -48,8 +48,6 @@ _SOURCES = (
     "reports/bandwidth.py",
 )
 """The sources of all compiled code, and of the constants in it."""
-FUNCTIONS = 95
-"""The approximate number of functions that the first run of a dense model compiles, for the progress display."""
 _LOCK = ".lock"
 
 
@@ -327,91 +325,12 @@ class KernelCache(CodeCache):
             self._lock = None
 
 
-class _Counter(event.Listener):
-    """Reports each function when Numba begins to compile it, or begins to wait for another process that does."""
-
-    def __init__(self, report: Callable[[int, int], None]) -> None:
-        self.count = 0
-        self.has_reported = False
-        self.report = report
-
-    def on_start(self, event: Any) -> None:
-        self.has_reported = True
-        self.report(min(self.count, FUNCTIONS - 1), FUNCTIONS)
-        if event.kind != WAITING:
-            self.count += 1
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-@contextmanager
-def reporting(on_compile: Callable[[int, int], None] | None) -> Iterator[None]:
-    """Call on_compile(done, total) as functions are compiled inside the `with` block; never if none are."""
-    if on_compile is None:
-        yield
-        return
-    counter = _Counter(on_compile)
-    with event.install_listener("numba:compile", counter), event.install_listener(WAITING, counter):
-        yield
-    if counter.has_reported:
-        on_compile(FUNCTIONS, FUNCTIONS)
-
-
-class _Interrupt(event.Listener):
-    """A Ctrl-C that arrived in a callback from LLVM, where Python only prints it: raised before the next compiler pass
-    of the same thread."""
-
-    def __init__(self) -> None:
-        self.is_pending = False
-        self._thread = threading.get_ident()
-
-    def on_start(self, event: Any) -> None:
-        if self.is_pending and threading.get_ident() == self._thread:
-            raise KeyboardInterrupt
-
-    def on_end(self, event: Any) -> None:
-        pass
-
-
-@contextmanager
-def _raising_interrupts() -> Iterator[None]:
-    """Raise KeyboardInterrupt if Ctrl-C arrives in a callback from LLVM: between two passes, at the latest at the end.
-
-    What the interrupted callback broke may raise something else first, which is replaced. Ctrl-C reaches the main
-    thread only; elsewhere this does nothing.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before, interrupt = sys.unraisablehook, _Interrupt()
-
-    def hook(ignored: sys.UnraisableHookArgs, /) -> None:
-        if issubclass(ignored.exc_type, KeyboardInterrupt):
-            interrupt.is_pending = True
-        else:
-            before(ignored)
-
-    sys.unraisablehook = hook
-    try:
-        with event.install_listener("numba:run_pass", interrupt):
-            yield
-    except Exception:
-        if interrupt.is_pending:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        sys.unraisablehook = before
-    if interrupt.is_pending:
-        raise KeyboardInterrupt
-
-
 def compile_kernel(function: Any, args: tuple[Any, ...]) -> None:
     """Load `function` for arguments of these types from disk, or compile and store it."""
     signature = tuple(numba.typeof(arg) for arg in args)
     if signature not in function.overloads:
         function._cache = KernelCache(function.py_func)
-        with _raising_interrupts(), contextlib.closing(function._cache):
+        with raising_interrupts(), contextlib.closing(function._cache):
             function.compile(signature)
 
 
@@ -419,6 +338,6 @@ def address_of(kernel: Any) -> int:
     """The address of an `entry`'s machine code (npqwen/kernels/entry.py), loaded from disk, or compiled and stored."""
     if kernel.address is None:
         kernel._cache = KernelCache(kernel.__wrapped__)
-        with _raising_interrupts(), contextlib.closing(kernel._cache):
+        with raising_interrupts(), contextlib.closing(kernel._cache):
             kernel.compile()
     return int(kernel.address)

@@ -13,8 +13,9 @@ from numba.core.errors import TypingError
 
 from npqwen.errors import KernelCacheWarning
 from npqwen.file_lock import try_lock
-from npqwen.kernels import compile_lock, compiled
-from npqwen.kernels.compiled import FUNCTIONS, unusable_files
+from npqwen.kernels import compile_events, compile_lock
+from npqwen.kernels.compile_events import FUNCTIONS
+from npqwen.kernels.compiled import unusable_files
 
 
 def fail(x: Any) -> None:
@@ -62,14 +63,14 @@ def test_what_another_process_compiles_meanwhile_is_loaded(lock: Path) -> None:
         assert try_lock(file)
         waiting, found = threading.Event(), []
         counted = threading.Thread(target=lambda: found.append(load(lock.parent)))
-        report = compiled._Counter.on_start
+        report = compile_events._Counter.on_start
 
         def on_start(self: Any, event: Any) -> None:
             report(self, event)
             waiting.set()
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(compiled._Counter, "on_start", on_start)
+            patch.setattr(compile_events._Counter, "on_start", on_start)
             counted.start()
             assert waiting.wait(60)
         for path, content in stored.items():

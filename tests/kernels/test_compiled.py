@@ -23,7 +23,8 @@ from numba.core import event
 from numba.core.registry import CPUDispatcher
 
 import npqwen
-from npqwen.kernels.compiled import _SOURCES, FUNCTIONS, _raising_interrupts, address_of, kernel_directory
+from npqwen.kernels.compile_events import FUNCTIONS, raising_interrupts
+from npqwen.kernels.compiled import _SOURCES, address_of, kernel_directory
 from npqwen.kernels.entry import entry
 from npqwen.model import load
 from npqwen.simd.amx import release
@@ -33,7 +34,8 @@ SMALL = """
 import sys
 import numpy as np
 from npqwen.reports.bandwidth import read
-from npqwen.kernels.compiled import compile_kernel, kernel_directory, reporting
+from npqwen.kernels.compile_events import reporting
+from npqwen.kernels.compiled import compile_kernel, kernel_directory
 from npqwen.engine.team import Team
 calls = []
 team = Team(1)
@@ -269,14 +271,14 @@ def test_threads_that_compile_leave_the_hook_of_ctrl_c_as_it_was() -> None:
     hook, compiling, done = sys.unraisablehook, threading.Event(), threading.Event()
 
     def compile_elsewhere() -> None:
-        with _raising_interrupts():
+        with raising_interrupts():
             compiling.set()
             done.wait(60)
 
     thread = threading.Thread(target=compile_elsewhere)
     thread.start()
     compiling.wait(60)
-    with _raising_interrupts():
+    with raising_interrupts():
         done.set()
         thread.join()
     assert sys.unraisablehook is hook
