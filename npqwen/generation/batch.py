@@ -17,6 +17,7 @@ from npqwen.format.layout import ceil_div
 from npqwen.generation.batch_entry import Entry
 from npqwen.generation.batch_statistics import BatchStatistics
 from npqwen.generation.cache_memory import CacheMemory
+from npqwen.generation.prompt_speed import PromptSpeed
 from npqwen.generation.speculation import PASS
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.greatest import MAXIMA_BLOCK
@@ -34,8 +35,10 @@ STALL = 0.15
 """The most seconds that a pass should take while texts are being decoded: pieces of prompts are cut to fit."""
 ALONE = 1.0
 """The most seconds that a pass of prompts alone should take; sequences join and leave between passes."""
-_TILE = 16
-"""Step, in tokens, by which pieces of prompts grow and shrink, and the least room of a pass, however slow it is."""
+_SECONDS_PER_TOKEN = STALL / 32
+"""Of prompts, assumed until passes are measured."""
+_SPARE_ROWS = 16
+"""How many rows of logits are allocated beyond those that a pass needs, so that few passes allocate any."""
 _SHORT = 32
 """Up to this many tokens, the rest of a prompt, or forced tokens, run in one pass like a decoding step."""
 _STATES = 3
@@ -61,15 +64,17 @@ class Batch:
         those of a draft model; None: whatever is available."""
         self._model = model
         self._parallel = parallel
-        self._memory = CacheMemory(model, memory)
+        draft = model.drafting.model
+        # The draft model's prefixes are evicted first: without them, drafting starts later, but no text waits.
+        pools = [*([] if draft is None else [draft.model.prefixes]), model.prefixes]
+        self._memory = CacheMemory(pools, memory)
         self._waiting: deque[Entry] = deque()
         self._running: list[Entry] = []
         self._prefixes = model.prefixes
         self._logits: NDArray[np.float32] | None = None
         self._maxima = np.empty((0, 0), np.float32)
         """The maxima of blocks of `_logits`, (rows, blocks)."""
-        self._seconds_per_token = STALL / (2 * _TILE)
-        """Of prompts: a moving average over recent passes."""
+        self._speed = PromptSpeed(_SECONDS_PER_TOKEN, model.chunk)
         self._pages_changed = False
         """Whether sequences have allocated or freed pages since `statistics` counted them."""
         self.statistics = BatchStatistics()
@@ -252,16 +257,16 @@ class Batch:
 
         def deadline(entry: Entry) -> tuple[bool, float]:
             left = entry.sequence.pending_count
-            return left > _SHORT, entry.arrived + left * self._seconds_per_token
+            return left > _SHORT, entry.arrived + left * self._speed.seconds_per_token
 
         chosen: list[tuple[Entry, int]] = []
-        room = self._prompt_tokens(ALONE)
+        room = self._speed.tokens_in(ALONE)
         for entry in self._running:
             entry.sequence.draft(0)
         for entry in sorted(self._running, key=deadline):
             sequence = entry.sequence
             if sequence.pending_count > _SHORT and writes:
-                room, writes = min(room, self._prompt_tokens(STALL)), False  # once: for all prompts together
+                room, writes = min(room, self._speed.tokens_in(STALL)), False  # once: for all prompts together
             size = entry.cache.span(min(sequence.pending_count, room))
             rest = sequence.pending_count - size
             if 0 < rest < sequence.rows:  # rows of logits come from one pass
@@ -356,8 +361,8 @@ class Batch:
             ids = np.array(sequence.pending_ids(size), np.int64)
             pieces.append(Piece(ids, entry.cache, rows, sequence.draft_count))
         rows = sum(piece.rows for piece in pieces)
-        if self._logits is None or len(self._logits) < rows + _TILE:
-            self._logits = self._model.new_logits(rows + _TILE)
+        if self._logits is None or len(self._logits) < rows + _SPARE_ROWS:
+            self._logits = self._model.new_logits(rows + _SPARE_ROWS)
             self._maxima = np.empty((len(self._logits), self._logits.shape[1] // MAXIMA_BLOCK), np.float32)
         reads = [entry.sequence.reads_prompt for entry, _ in chosen]
         start = time.perf_counter()
@@ -382,13 +387,7 @@ class Batch:
             statistics.decode_seconds += seconds
         else:
             statistics.prefill_seconds += seconds
-            if tokens >= _TILE:
-                self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 2
-
-    def _prompt_tokens(self, seconds: float) -> int:
-        """How many tokens of prompts take about `seconds`."""
-        tokens = int(seconds / max(self._seconds_per_token, 1e-9)) // _TILE * _TILE
-        return min(self._model.chunk, max(_TILE, tokens))
+            self._speed.add(tokens, seconds)
 
     def _advance(self, entry: Entry, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32]) -> None:
         """Take the steps of a sequence that its logits allow. logits: None if its prompt is not computed yet."""

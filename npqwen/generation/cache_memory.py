@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 from npqwen.engine.kv_cache import held_bytes
 
 if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
-    from npqwen.generation.language_model import LanguageModel
+    from npqwen.engine.prefixes import Prefixes
 
 
 class CacheMemory:
-    """Accounts for the caches of a model and of its draft model, and evicts kept prefixes to make room."""
+    """Accounts for the caches of a model, and perhaps of its draft model, and evicts kept prefixes to make room."""
 
-    def __init__(self, model: LanguageModel, limit: int | None) -> None:
-        """limit: in bytes, for both models together; None: whatever is available."""
-        draft = model.drafting.model
-        # The draft model's prefixes are evicted first: without them, drafting starts later, but no text waits.
-        self._pools = [*([] if draft is None else [draft.model.prefixes]), model.prefixes]
+    def __init__(self, pools: Sequence[Prefixes], limit: int | None) -> None:
+        """pools: of kept prefixes, those to evict first before the others. limit: in bytes, for all models together;
+        None: whatever is available."""
+        self._pools = pools
         self.set_limit(limit)
 
     @property

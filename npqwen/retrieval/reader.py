@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.kv_cache import held_bytes
 from npqwen.engine.piece import Piece
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
 from npqwen.generation.batch import ALONE, PARALLEL
 from npqwen.generation.batch_statistics import BatchStatistics
+from npqwen.generation.cache_memory import CacheMemory
+from npqwen.generation.prompt_speed import PromptSpeed
 from npqwen.kernels.cache_page import PAGE
 from npqwen.retrieval.readings import Readings, Text
 from npqwen.wording import size
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from npqwen.engine.kv_cache import KVCache
     from npqwen.engine.prefix_page import Ids
 
-_TILE = 16
-"""Step, in tokens, by which passes grow and shrink, and the least room of a pass, however slow it is."""
 _SECONDS_PER_TOKEN = ALONE / 256
 """Assumed until passes are measured."""
 _KEPT_PAGES = 2
@@ -51,11 +50,11 @@ class Reader:
         model's pool of prefixes; None: whatever is available."""
         self._model = model
         self._parallel = parallel
-        self._memory = memory
+        self._memory = CacheMemory([model.prefixes], memory)
         self._readings: list[Readings] = []
         self._prefixes = model.prefixes
         self._page_bytes = model.new_cache(1).page_bytes
-        self._seconds_per_token = _SECONDS_PER_TOKEN
+        self._speed = PromptSpeed(_SECONDS_PER_TOKEN, model.chunk)
         self._order = itertools.count()
         self.statistics = BatchStatistics()
         """Texts count as prompts: nothing is generated."""
@@ -74,7 +73,7 @@ class Reader:
     @property
     def cache_bytes(self) -> int:
         """Bytes of all pages, shared ones counted once."""
-        return held_bytes(self._caches(), self._prefixes.arrays)
+        return self._memory.held(self._caches())
 
     def read(self, texts: Sequence[Ids], on_read: Callable[[int, int], object] | None = None) -> NDArray[np.float32]:
         """Read texts to their end; see `Readings.states`. Raises what ended them early."""
@@ -127,11 +126,9 @@ class Reader:
 
     def limit(self, memory: int | None) -> None:
         """Change the memory limit for keys and values; unused caches and kept prefixes are evicted to meet it."""
-        self._memory = memory
-        if memory is not None:
-            self._prefixes.set_limit(memory)
-            while self.cache_bytes > memory and self._drop_unused():
-                pass
+        self._memory.set_limit(memory)
+        while self._memory.lacks(self._caches(), 0) and self._drop_unused():
+            pass
         self.statistics.cache_bytes = self.cache_bytes
 
     def _caches(self) -> Iterator[KVCache]:
@@ -144,7 +141,7 @@ class Reader:
         heap: list[tuple[float, int, Text]] = []
 
         def offer(text: Text) -> None:
-            deadline = text.readings.arrived + text.ahead * self._seconds_per_token
+            deadline = text.readings.arrived + text.ahead * self._speed.seconds_per_token
             heapq.heappush(heap, (deadline, next(self._order), text))
 
         for readings in self._readings:
@@ -152,7 +149,7 @@ class Reader:
                 offer(text)
             if readings.waiting:
                 offer(readings.waiting[0])
-        room = self._room()
+        room = self._speed.tokens_in(ALONE)
         chosen: list[tuple[Text, int]] = []
         while heap and room > 0:
             text = heapq.heappop(heap)[2]
@@ -176,11 +173,6 @@ class Reader:
             if begins and readings.waiting:
                 offer(readings.waiting[0])
         return chosen
-
-    def _room(self) -> int:
-        """How many tokens take about `ALONE` seconds, after which others can join or leave."""
-        tokens = int(ALONE / max(self._seconds_per_token, 1e-9)) // _TILE * _TILE
-        return min(self._model.chunk, max(_TILE, tokens))
 
     def _begin(self, text: Text) -> bool:
         """Give a text a cache, with the common tokens if they are computed; returns whether it could start."""
@@ -225,18 +217,18 @@ class Reader:
 
         Raises OutOfMemoryError if they do not fit even though nothing else is being read.
         """
-        if self._memory is None:
+        if self._memory.limit is None:
             return True
         running = [other for readings in self._readings for other in readings.running]
         need = ceil_div(len(text.ids), PAGE)
         need += sum(ceil_div(len(other.ids), PAGE) - other.cache.page_count for other in running if other.cache)
-        while self.cache_bytes + need * self._page_bytes > self._memory:
+        while self._memory.lacks(self._caches(), need * self._page_bytes):
             if self._drop_unused():
                 continue
             if running:
                 return False
             raise OutOfMemoryError(
-                f"a text of {len(text.ids)} tokens does not fit into {size(self._memory)} of memory for keys and "
+                f"a text of {len(text.ids)} tokens does not fit into {size(self._memory.limit)} of memory for keys and "
                 "values; shorten it"
             )
         return True
@@ -247,7 +239,7 @@ class Reader:
             if readings.free:
                 readings.free.pop()
                 return True
-        return self._prefixes.evict_oldest()
+        return self._memory.evict_prefix()
 
     def _run(self, chosen: list[tuple[Text, int]]) -> None:
         pieces = []
@@ -261,8 +253,7 @@ class Reader:
         seconds = time.perf_counter() - start_time
         tokens = sum(count for _, count in chosen)
         self.statistics.prefill_seconds += seconds
-        if tokens >= _TILE:
-            self._seconds_per_token += (seconds / tokens - self._seconds_per_token) / 2
+        self._speed.add(tokens, seconds)
         for (text, _), state in zip(chosen, states, strict=True):
             readings = text.readings
             if readings.common and not readings.known and text.cache is not None:

@@ -19,6 +19,7 @@ from npqwen.engine.kv_cache import held_bytes
 from npqwen.engine.piece import Piece
 from npqwen.errors import ClosedError, NpqwenError, OutOfMemoryError
 from npqwen.generation import batch as batch_module
+from npqwen.generation import prompt_speed
 from npqwen.generation.batch import Batch
 from npqwen.generation.sequence import Sequence
 from npqwen.generation.session import Session
@@ -94,7 +95,7 @@ def small(batch: Batch, monkeypatch: pytest.MonkeyPatch, tokens: int = 48) -> No
     """Have the batch run prompts in small pieces, as a slow machine does."""
     monkeypatch.setattr(batch_module, "STALL", 1e-9)
     monkeypatch.setattr(batch_module, "ALONE", 1e-9)
-    monkeypatch.setattr(batch_module, "_TILE", tokens)
+    monkeypatch.setattr(prompt_speed, "TILE", tokens)
 
 
 def same(text: Text, alone: Stream) -> None:
