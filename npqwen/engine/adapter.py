@@ -21,7 +21,7 @@ from npqwen.format.floats import DTYPES, narrow, widen
 from npqwen.format.layout import Experts, Layout, Matrix, Tensor, pad
 from npqwen.format.safetensors import StoredTensor
 from npqwen.format.split_matrices import Rows, split, whole
-from npqwen.hardware.machine import HEADROOM, available_memory
+from npqwen.hardware.machine import available_memory, is_too_little
 from npqwen.kernels import low_rank as dense
 from npqwen.kernels import low_rank_experts as sparse
 from npqwen.kernels.paging import new_memory
@@ -121,7 +121,7 @@ class Adapter:
         self.nbytes = sum(_bytes(each) for each in inputs)
         """Bytes of the factors in memory."""
         available = available_memory()
-        if available is not None and self.nbytes > available - HEADROOM:
+        if is_too_little(available, self.nbytes):
             raise OutOfMemoryError(
                 f"the adapter {name} needs {size(self.nbytes)} of memory and {size(available)} are available; "
                 "close other programs, or load fewer adapters"

@@ -9,7 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from npqwen.errors import OptionError, OutOfMemoryError
 from npqwen.format.encodings import UNIT_ROWS
-from npqwen.hardware.machine import HEADROOM, available_memory
+from npqwen.hardware.machine import available_memory, is_too_little
 
 
 def ids_array(ids: ArrayLike, vocab_size: int) -> NDArray[np.int64]:
@@ -60,7 +60,7 @@ def results_array(shape: tuple[int, ...], what: str, tokens: int, chunk: int) ->
         f"{what} of {tokens} tokens need {size / 1e9:.2f} GB, which is more than the available memory; "
         "request them for fewer tokens at a time"
     )
-    if available is not None and size > available - HEADROOM:
+    if is_too_little(available, size):
         raise too_large
     try:
         return np.empty(shape, np.float32)

@@ -6,12 +6,13 @@ import math
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from copy import copy
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
+from npqwen.engine.cache_pages import Pages, page_part, page_shape, tile_positions
 from npqwen.engine.cache_type import PAGE_DTYPES, CacheType
 from npqwen.engine.hidden_tail import HiddenTail
 from npqwen.engine.prefix_page import MIN_PREFIX
@@ -19,40 +20,12 @@ from npqwen.engine.recurrent_states import RecurrentShape, RecurrentStates, Stat
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
-from npqwen.hardware.machine import HEADROOM, available_memory
-from npqwen.kernels.cache_page import PAGE, POSITION_TILE
-from npqwen.kernels.int8_page import INT8_TILE, clear_int8_positions, int8_tile_bytes
+from npqwen.hardware.machine import HEADROOM, available_memory, is_too_little
+from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.paging import new_memory
 
 if TYPE_CHECKING:
     from npqwen.engine.adapter import Adapter
-
-
-class KeysAndValues(NamedTuple):
-    """The shape of cached keys and values, a key and a value per head and token: equal for all attention layers."""
-
-    layers: int
-    heads: int
-    head_dim: int
-
-
-def keys_and_values(config: Config) -> KeysAndValues:
-    """The shape of a model's cached keys and values."""
-    layers = sum(not config.is_recurrent(layer) for layer in range(config.num_hidden_layers))
-    return KeysAndValues(layers, config.num_key_value_heads, config.head_dim)
-
-
-class _Pages:
-    """A cache's pages. Replaced as a whole, never modified: an interrupt never leaves the address of a freed page.
-
-    arrays: each of `page_shape`. addresses: of the pages, 0 for those not allocated yet.
-    """
-
-    def __init__(self, arrays: list[NDArray[Any]], addresses: NDArray[np.int64]) -> None:
-        self.arrays = arrays
-        self.addresses = addresses
-        self.table = int(addresses.ctypes.data)
-        """The address of `addresses`."""
 
 
 class _OneThread:
@@ -96,27 +69,25 @@ class KVCache:
         self.origin = origin
         self.adapter = adapter
         """The LoRA adapter that its keys and values are computed with; forks have the same one."""
-        self._evict = evict
+        self._evict = evict or (lambda: False)
         self.length = 0
         """Tokens in the cache."""
         self.limit = limit
         """Maximum tokens."""
         self.in_use = _OneThread()
         """Held while the cache is read or changed."""
-        layers, heads, head_dim = keys_and_values(config)
         shape = RecurrentShape.of(config)
         self.recurrent = None if shape is None else RecurrentStates(shape)
         self.kv = kv
         """The element type."""
-        self.tile = INT8_TILE if kv == "int8" else POSITION_TILE
+        self.tile = tile_positions(kv)
         """Positions of a tile, the smallest unit in which pages are copied."""
-        items = int8_tile_bytes(head_dim) if kv == "int8" else POSITION_TILE * head_dim
-        self.page_shape = (layers, 2, heads, PAGE // self.tile, items)
+        self.page_shape = page_shape(config, kv)
         """(attention layers, 2 for keys and values, heads, tiles, elements of a tile)."""
         self.page_dtype: np.dtype[Any] = np.dtype(PAGE_DTYPES[kv])
         """uint16 holds the bits of float16."""
         self.page_bytes = math.prod(self.page_shape) * self.page_dtype.itemsize
-        self._held = _Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
+        self._held = Pages([], np.zeros(ceil_div(limit, PAGE), np.int64))
         self._shared: dict[int, int] = {}
         """By index, how many positions of a page others may share: the page is copied before one of them is written."""
         self.tail: HiddenTail | None = None
@@ -187,9 +158,9 @@ class KVCache:
                 if i == len(arrays):
                     arrays.append(page)
                 else:
-                    self._copy_positions(arrays[i], page, self.length - i * PAGE)
+                    self._copy_positions(arrays[i], page, max(0, self.length - i * PAGE))
                     arrays[i] = page
-            self._held = _Pages(arrays, addresses)
+            self._held = Pages(arrays, addresses)
             for i in written:
                 self._shared.pop(i, None)
 
@@ -293,7 +264,7 @@ class KVCache:
                 self._copy_positions(held.arrays[full], page, length % PAGE)
                 arrays.append(page)
                 addresses[full] = page.ctypes.data
-            fork._held = _Pages(arrays, addresses)
+            fork._held = Pages(arrays, addresses)
             if self.recurrent is not None:
                 fork.recurrent = self.recurrent.fork(length)
             fork._shared = dict.fromkeys(range(full), PAGE)
@@ -340,7 +311,7 @@ class KVCache:
             if self.recurrent is not None:
                 length = self.recurrent.replace(checkpoints)
             self._shared = dict.fromkeys(range(len(pages)), PAGE)
-            self._held = _Pages(list(pages), addresses)
+            self._held = Pages(list(pages), addresses)
             self.length = length
             return length
 
@@ -351,8 +322,7 @@ class KVCache:
 
     def _copy_positions(self, source: NDArray[Any], target: NDArray[Any], count: int) -> None:
         """Copy a page's first `count` positions, rounded up to whole tiles."""
-        tiles = ceil_div(max(0, count), self.tile)
-        target[:, :, :, :tiles] = source[:, :, :, :tiles]
+        page_part(target, count, self.tile)[:] = page_part(source, count, self.tile)
 
     def _check_length(self, length: int) -> None:
         reusable = self.reusable(length)
@@ -372,12 +342,7 @@ class KVCache:
         assert recurrent is not None
         needed = recurrent.shape.nbytes
         try:
-            available = available_memory()
-            while available is not None and needed > available - HEADROOM:
-                if not (self._evict is not None and self._evict()) and not recurrent.drop_checkpoint():
-                    break
-                available = available_memory()
-            else:
+            if self._evict_for(needed, lambda: self._evict() or recurrent.drop_checkpoint()) is None:
                 return new_memory(needed).view(np.float32).reshape(recurrent.shape.layers, recurrent.shape.state)
         except OSError:  # a limit on the address space, or a system that does not overcommit
             pass
@@ -394,11 +359,17 @@ class KVCache:
         return memory.view(self.page_dtype).reshape(self.page_shape)
 
     def _check_memory(self, pages: int, need: int) -> None:
-        available = available_memory()
-        while available is not None and pages * self.page_bytes > available - HEADROOM:
-            if self._evict is None or not self._evict():
-                raise self._too_large(pages, need, available)
-            available = available_memory()
+        available = self._evict_for(pages * self.page_bytes, self._evict)
+        if available is not None:
+            raise self._too_large(pages, need, available)
+
+    def _evict_for(self, nbytes: int, evict: Callable[[], bool]) -> int | None:
+        """Call `evict` until memory can hold `nbytes` more. Returns None, or the available bytes once `evict` returns
+        False."""
+        while is_too_little(available := available_memory(), nbytes):
+            if not evict():
+                return available
+        return None
 
     def _too_large(self, pages: int, need: int, available: int) -> OutOfMemoryError:
         fits = (max(0, available - HEADROOM) // self.page_bytes + len(self._held.arrays)) * PAGE
@@ -414,18 +385,3 @@ def held_bytes(caches: Iterable[KVCache], pages: Iterable[NDArray[Any]] = ()) ->
     held = {id(array): array.nbytes for cache in caches for array in cache.held_arrays}
     held.update((id(page), page.nbytes) for page in pages)
     return sum(held.values())
-
-
-def page_part(page: NDArray[Any], positions: int, tile: int) -> NDArray[Any]:
-    """A view of the first `positions` positions of a page, rounded up to whole tiles of `tile` positions."""
-    return page[:, :, :, : ceil_div(positions, tile)]
-
-
-def clear_positions(page: NDArray[Any], first: int, kv: CacheType) -> None:
-    """Zero the positions of a page's last tile starting at `first`. page: (layers, 2, heads, tiles, items)."""
-    if kv == "int8":
-        clear_int8_positions(page[:, :, :, -1], first)
-        return
-    shape, dim = page.shape[:4], page.shape[4] // POSITION_TILE
-    page.reshape(*shape, dim, POSITION_TILE)[:, 0, :, -1, :, first:] = 0
-    page.reshape(*shape, POSITION_TILE, dim)[:, 1, :, -1, first:] = 0

@@ -28,7 +28,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.atomic_file import new_file, remove_abandoned, writing
-from npqwen.engine.kv_cache import KVCache, page_part
+from npqwen.engine.cache_pages import page_part
+from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.prefix_page import MIN_PREFIX, Ids, PrefixPage, common_prefix, key_after, root_key
 from npqwen.engine.snapshot import page_dtype
 from npqwen.errors import OptionError, OutputError

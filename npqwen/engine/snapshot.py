@@ -23,8 +23,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.atomic_file import new_file
+from npqwen.engine.cache_pages import clear_positions
 from npqwen.engine.cache_type import CacheType
-from npqwen.engine.kv_cache import KVCache, clear_positions
+from npqwen.engine.kv_cache import KVCache
 from npqwen.engine.recurrent_states import State
 from npqwen.errors import ContextLengthError, FormatError, OutputError
 from npqwen.format.files import fill, open_regular

@@ -9,7 +9,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeGuard
 
 from npqwen.hardware import cgroup
 from npqwen.hardware.cgroup import read
@@ -72,6 +72,11 @@ def available_memory(root: Path = Path("/")) -> int | None:
         return _windows_memory()[1]
     found = [_meminfo(root).get("MemAvailable"), cgroup.memory(root)]
     return min((count for count in found if count is not None), default=None)
+
+
+def is_too_little(available: int | None, nbytes: int) -> TypeGuard[int]:
+    """Whether `available` bytes of memory are too few for `nbytes` and HEADROOM; false if they are unknown (None)."""
+    return available is not None and nbytes > available - HEADROOM
 
 
 def total_memory(root: Path = Path("/")) -> int | None:
