@@ -15,9 +15,9 @@ from npqwen.engine.prefixes import Prefix
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
 from npqwen.generation.batch_entry import Entry
-from npqwen.generation.batch_statistics import BatchStatistics
 from npqwen.generation.cache_memory import CacheMemory
 from npqwen.generation.prompt_speed import PromptSpeed
+from npqwen.generation.scheduler_statistics import SchedulerStatistics
 from npqwen.generation.speculation import PASS
 from npqwen.kernels.cache_page import PAGE
 from npqwen.kernels.greatest import MAXIMA_BLOCK
@@ -77,7 +77,7 @@ class Batch:
         self._speed = PromptSpeed(_SECONDS_PER_TOKEN, model.chunk)
         self._pages_changed = False
         """Whether sequences have allocated or freed pages since `statistics` counted them."""
-        self.statistics = BatchStatistics()
+        self.statistics = SchedulerStatistics()
 
     @property
     def waiting(self) -> int:

@@ -15,9 +15,9 @@ from npqwen.engine.piece import Piece
 from npqwen.errors import OutOfMemoryError
 from npqwen.format.layout import ceil_div
 from npqwen.generation.batch import ALONE, PARALLEL
-from npqwen.generation.batch_statistics import BatchStatistics
 from npqwen.generation.cache_memory import CacheMemory
 from npqwen.generation.prompt_speed import PromptSpeed
+from npqwen.generation.scheduler_statistics import SchedulerStatistics
 from npqwen.kernels.cache_page import PAGE
 from npqwen.retrieval.readings import Readings, Text
 from npqwen.wording import size
@@ -56,7 +56,7 @@ class Reader:
         self._page_bytes = model.new_cache(1).page_bytes
         self._speed = PromptSpeed(_SECONDS_PER_TOKEN, model.chunk)
         self._order = itertools.count()
-        self.statistics = BatchStatistics()
+        self.statistics = SchedulerStatistics()
         """Texts count as prompts: nothing is generated."""
         self.limit(memory)
 

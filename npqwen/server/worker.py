@@ -74,19 +74,12 @@ class Worker:
     @property
     def statistics(self) -> WorkerStatistics:
         """A snapshot of its work, done and in progress."""
-        driver, done = self._driver, self._driver.statistics
+        driver = self._driver
         return WorkerStatistics(
+            **vars(driver.statistics),
             waiting=driver.waiting + len(self._starting),
             running=driver.running,
             requests=self._requests,
-            prompt_tokens=done.prompt_tokens,
-            cached_tokens=done.cached_tokens,
-            generated_tokens=done.generated_tokens,
-            drafted_tokens=done.drafted_tokens,
-            accepted_tokens=done.accepted_tokens,
-            prefill_seconds=done.prefill_seconds,
-            decode_seconds=done.decode_seconds,
-            cache_bytes=done.cache_bytes,
             heartbeat=time.monotonic() if self._idle else self._beat,
             alive=self._thread.is_alive(),
         )
