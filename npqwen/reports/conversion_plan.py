@@ -5,10 +5,16 @@ from __future__ import annotations
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from npqwen_quant.adapter import Adapter, AdapterFile
+from npqwen_quant.checkpoint import Checkpoint
+from npqwen_quant.conversion import default_threads, planned_from
+from npqwen_quant.plan import OutputTensor, plan
+from npqwen_quant.speed import weights_per_second
 
 from npqwen.engine.budget import Budget
 from npqwen.engine.cache_type import CacheType, check_cache_type
@@ -20,7 +26,8 @@ from npqwen.format.config import Config
 from npqwen.format.encodings import BY_NAME
 from npqwen.format.layout import Codebook
 from npqwen.format.quantization import is_converted
-from npqwen.format.recipe import DEFAULT_BITS, recipe_of
+from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
+from npqwen.format.small_files import DOCUMENTS, SMALL_FILES
 from npqwen.hardware import machine
 from npqwen.hub.conversions import check_adapters, find_source, place_of
 from npqwen.hub.disk_space import converted_bytes, free_bytes
@@ -31,9 +38,6 @@ from npqwen.kernels.cache_page import PAGE
 from npqwen.reports.columns import columns
 from npqwen.reports.info import PARTS, part_of
 from npqwen.wording import counted, size
-
-if TYPE_CHECKING:
-    from npqwen_quant.adapter import AdapterFile
 
 _BANDWIDTH = 100e6 / 8
 """Bytes per second for the estimated time of the download: a line of 100 Mbit/s."""
@@ -157,45 +161,21 @@ def plan_conversion(
     recipe = recipe_of(bits)
     check_adapters(adapters, out, low_disk)
     found = find_source(source, revision, notice)
-    if isinstance(found, HubSource) and found.gguf:
-        raise OptionError(
-            f"{found.label} is a GGUF file, whose sizes are known only from the file itself: download it "
-            f"(npqwen pull {found.label}), or use --dry-run with the original checkpoint"
-        )
+    config = _config(found)
     place = place_of(found, recipe) if out is None else Path(os.path.expanduser(out))
-    with tempfile.TemporaryDirectory(prefix="npqwen-") as scratch:
-        if isinstance(found, HubSource):
-            found.scratch = Path(scratch)
-        check(found, "arrays")
-        config = Config.from_dict(found.raw_config, found.label if found.gguf else f"{found.label}: config.json")
-    _check_weights(found, config, bits, adapters)
-    from npqwen_quant.adapter import Adapter
-    from npqwen_quant.conversion import default_threads
-    from npqwen_quant.plan import plan
-    from npqwen_quant.speed import weights_per_second
-
+    _check_weights(found, config, recipe, adapters)
     if any(Adapter(file).unties for file in adapters):
         config = replace(config, tie_word_embeddings=False)
     tensors = plan(config, recipe)
-    parts: dict[str, Part] = {}
-    amounts: dict[str, int] = {}
-    for tensor in tensors:
-        name = tensor.tensor.matrix if isinstance(tensor.tensor, Codebook) else tensor.name
-        count = sum(map(math.prod, tensor.sources.values()))
-        part = part_of(name)
-        before = parts.get(part, Part(0, 0))
-        parts[part] = Part(before.weights + count, before.bytes + tensor.nbytes)
-        if tensor.encoding is not None:
-            amounts[tensor.encoding.name] = amounts.get(tensor.encoding.name, 0) + count
-    threads = default_threads()
-    speeds = weights_per_second([BY_NAME[name] for name in amounts], threads)
-    names = found.weights
-    largest = max((file.nbytes for file in names.values()), default=0)
-    read = sum(file.nbytes for file in names.values())
-    small = sum(file.nbytes for name, file in found.files.items() if name not in names and name in _kept(found))
-    weights = sum(part.bytes for part in parts.values())
+    parts, amounts = _parts(tensors), _amounts(tensors)
+    weights = sum(tensor.nbytes for tensor in tensors)
+    read = sum(file.nbytes for file in found.weights.values())
+    largest = max((file.nbytes for file in found.weights.values()), default=0)
+    small = _small_bytes(found)
     download = found.missing(found.wanted) if isinstance(found, HubSource) else 0
     fetched = min(download, largest) if low_disk else download
+    threads = default_threads()
+    speeds = weights_per_second([BY_NAME[name] for name in amounts], threads)
     kv = recipe.cache_type if kv is None else check_cache_type(kv)
     page = KVCache(config, 1, kv).page_bytes
     context = context_length(with_yarn(config, yarn), context)
@@ -206,7 +186,7 @@ def plan_conversion(
         exists=is_converted(place),
         bits=bits,
         encodings=tuple(amounts),
-        parts={name: parts[name] for name in PARTS if name in parts},
+        parts=parts,
         small_files=small,
         download=download,
         largest_file=largest,
@@ -222,24 +202,58 @@ def plan_conversion(
     )
 
 
-def _kept(source: Source) -> set[str]:
-    """The small files that a conversion copies."""
-    from npqwen.format.small_files import DOCUMENTS, SMALL_FILES
+def _config(source: Source) -> Config:
+    """The checked config of a source. Raises what a conversion would raise about it; OptionError for a GGUF file on the
+    hub."""
+    if isinstance(source, HubSource) and source.gguf:
+        raise OptionError(
+            f"{source.label} is a GGUF file, whose sizes are known only from the file itself: download it "
+            f"(npqwen pull {source.label}), or use --dry-run with the original checkpoint"
+        )
+    with tempfile.TemporaryDirectory(prefix="npqwen-") as scratch:
+        if isinstance(source, HubSource):
+            source.scratch = Path(scratch)
+        check(source, "arrays")
+        return Config.from_dict(source.raw_config, source.label if source.gguf else f"{source.label}: config.json")
 
-    return set(source.matching(*SMALL_FILES)) | {name for name in DOCUMENTS if name in source.files}
+
+def _parts(tensors: Iterable[OutputTensor]) -> dict[str, Part]:
+    """The parts of a converted model that has these tensors, by name, in the order of PARTS."""
+    parts: dict[str, Part] = {}
+    for tensor in tensors:
+        name = part_of(tensor.tensor.matrix if isinstance(tensor.tensor, Codebook) else tensor.name)
+        before = parts.get(name, Part(0, 0))
+        parts[name] = Part(before.weights + _weights(tensor), before.bytes + tensor.nbytes)
+    return {name: parts[name] for name in PARTS if name in parts}
 
 
-def _check_weights(source: Source, config: Config, bits: int, adapters: Sequence[AdapterFile]) -> None:
+def _amounts(tensors: Iterable[OutputTensor]) -> dict[str, int]:
+    """How many weights each encoding stores, by its name."""
+    amounts: dict[str, int] = {}
+    for tensor in tensors:
+        if tensor.encoding is not None:
+            amounts[tensor.encoding.name] = amounts.get(tensor.encoding.name, 0) + _weights(tensor)
+    return amounts
+
+
+def _weights(tensor: OutputTensor) -> int:
+    """The number of the checkpoint's weights that a tensor is made from."""
+    return sum(map(math.prod, tensor.sources.values()))
+
+
+def _small_bytes(source: Source) -> int:
+    """Bytes of the small files that a conversion copies."""
+    kept = {*source.matching(*SMALL_FILES), *DOCUMENTS} - source.weights.keys()
+    return sum(file.nbytes for name, file in source.files.items() if name in kept)
+
+
+def _check_weights(source: Source, config: Config, recipe: Recipe, adapters: Sequence[AdapterFile]) -> None:
     """Raise CheckpointError for weights that contradict config.json, as far as that is known without reading them."""
-    recipe = recipe_of(bits)
     if isinstance(source, HubSource):
         nbytes = sum(source.files[name].nbytes for name in source.shards)
         if converted_bytes(config, recipe, nbytes) is None:
             raise CheckpointError(f"{source.label} has {size(nbytes)} of weights, too few for its config.json")
         return
-    from npqwen_quant.checkpoint import Checkpoint
-    from npqwen_quant.conversion import planned_from
-
     assert isinstance(source, LocalSource | GgufSource)
     planned_from(Checkpoint(source.directory, adapters=adapters), recipe)
 

@@ -30,10 +30,10 @@ from npqwen_quant.adapter import EMBEDDING, OUTPUT, AdapterFile
 from npqwen_quant.calibration import Calibration, calibrate, calibration_key, states_bytes
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.output import Notice, Output
-from npqwen_quant.packing import bytes_read, packed
+from npqwen_quant.packing import Packed, bytes_read, packed
 from npqwen_quant.plan import OutputTensor, plan
 from npqwen_quant.small_file import SmallFile
-from npqwen_quant.steps import OutputFile, deal, header, pieces, places, steps
+from npqwen_quant.steps import OutputFile, Step, deal, header, pieces, places, steps
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 from npqwen_quant.writer import Writer
 
@@ -95,52 +95,63 @@ def convert(
     tell_of_draft(checkpoint, notice)
     _tell_of_output(checkpoint, notice)
     files = deal(tensors, shard_bytes)
-    states = [(os.path.realpath(path), *state) for path, *state in checkpoint.states()]
-    text = None if calibration is None else calibration_key(calibration, codebooks)
-    strengths = [adapter.strength for adapter in adapters]
-    key = conversion_key("whole", [*states, strengths], recipe, shard_bytes, text)
+    key = _key(checkpoint, recipe, shard_bytes, adapters, calibration, codebooks)
     output = Output(out, key, force=force, notice=notice)
     small = checkpoint.small_files()
-    nbytes = output_bytes(files, small)
+    needed = output_bytes(files, small)
     if calibration is not None:
         # Fits take as much as the output, and are removed after it is written.
-        nbytes = 2 * nbytes + states_bytes(calibration, checkpoint.config.hidden_size)
+        needed = 2 * needed + states_bytes(calibration, checkpoint.config.hidden_size)
     with output, bars, ThreadPoolExecutor(threads, thread_name_prefix="npqwen-convert") as pool:
         try:
-            output.check_disk_space(nbytes)
+            output.check_disk_space(needed)
             output.begin(files)
             digests = write_small(output, small)
             with Writer(output.work, places(files)) as writer:
-                whole = steps(pieces(files))
-                done = sum(bytes_read(step, sources) for step in writer.skip(whole))
+                rest = steps(pieces(files))
                 total = sum(tensor.nbytes for tensor in sources.values())
+                done = sum(bytes_read(step, sources) for step in writer.skip(rest))
                 if done and notice:
                     notice(f"resuming an interrupted conversion, of which {done / total:.0%} is done")
                 fits = None
                 if calibration is not None:
-                    fits = calibrate(
-                        checkpoint,
-                        sources,
-                        codebooks,
-                        calibration,
-                        output.work.calibration,
-                        pool,
-                        threads,
-                        calibration_progress or bars.of("calibrating"),
-                    )
-                report = own or bars.of("converting")
-                if report:
-                    report(done, total)
-                for read in writer.write(packed(pool, threads, whole, sources, fits)):
-                    done += read
-                    if report:
-                        report(done, total)
-                writer.sync()
+                    shown = calibration_progress or bars.of("calibrating")
+                    place = output.work.calibration
+                    fits = calibrate(checkpoint, sources, codebooks, calibration, place, pool, threads, shown)
+                _write(writer, packed(pool, threads, rest, sources, fits), done, total, own or bars.of("converting"))
             name = None if calibration is None else calibration.name
             complete(output, checkpoint, recipe, files, Checksums(writer.digests, digests), name)
         except BaseException:
             pool.shutdown(wait=True, cancel_futures=True)
             raise
+
+
+def _key(
+    checkpoint: Checkpoint,
+    recipe: Recipe,
+    shard_bytes: int,
+    adapters: Sequence[AdapterFile],
+    calibration: Calibration | None,
+    codebooks: Mapping[str, search.Codebook],
+) -> str:
+    """The `conversion_key` of a whole checkpoint. codebooks: of the matrices that the calibration changes."""
+    states = [(os.path.realpath(path), *state) for path, *state in checkpoint.states()]
+    strengths = [adapter.strength for adapter in adapters]
+    text = None if calibration is None else calibration_key(calibration, codebooks)
+    return conversion_key("whole", [*states, strengths], recipe, shard_bytes, text)
+
+
+def _write(
+    writer: Writer, made: Iterable[tuple[Step, Packed]], done: int, total: int, report: Progress | None
+) -> None:
+    """Write and sync steps. done, total: bytes of the checkpoint that are read before the first one and in all."""
+    if report:
+        report(done, total)
+    for read in writer.write(made):
+        done += read
+        if report:
+            report(done, total)
+    writer.sync()
 
 
 def tell_of_draft(checkpoint: Checkpoint, notice: Notice | None) -> None:
