@@ -139,6 +139,12 @@ class ChatSettings:
             check_options({name: value for name, value in options.items() if name in OPTIONS}),
         )
 
+    @property
+    def reader_ends(self) -> bool:
+        """Whether an answer may end before its text does: at a stop string, or after its only call. Only the reader of
+        the text detects that, and in a batch, generation runs ahead of it."""
+        return bool(self.generation.get("stop")) or (self.tools is not None and not self.parallel_tool_calls)
+
     def prompter(self, model: ChatModel) -> Prompter:
         """A `Prompter` with these settings."""
         return Prompter(model, self.tools, self.thinking, self.template_options)

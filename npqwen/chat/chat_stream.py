@@ -299,8 +299,7 @@ def chat(
     check_session(session, model)
     first, settings = session or Session(model), ChatSettings.of(options)
     seed = settings.generation.get("seed")
-    # In a batch, generation runs ahead of the readers, and only they detect the answer's stop strings.
-    batch = Batch(model) if samples > 1 and not settings.generation.get("stop") else None
+    batch = Batch(model) if samples > 1 and not settings.reader_ends else None
     streams = []
     for i in range(samples):
         if i and seed is not None:
@@ -320,8 +319,7 @@ def chat_batch(
     if isinstance(conversations, str) or not isinstance(conversations, Sequence):
         raise OptionError("conversations must be a list, of texts or of lists of messages")
     settings = ChatSettings.of(options)
-    # In a batch, generation runs ahead of the readers, and only they detect the answer's stop strings.
-    batch = Batch(model) if len(conversations) > 1 and not settings.generation.get("stop") else None
+    batch = Batch(model) if len(conversations) > 1 and not settings.reader_ends else None
     streams = []
     for at, messages in enumerate(conversations):
         try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -228,7 +228,8 @@ class Batch:
         if isinstance(source, Prefix):
             length = source.load_into(sequence.cache)
         sequence.begin_cache(sequence.cache)
-        if not sequence.decoding.ids:
+        if not entry.started:
+            entry.started = True
             sequence.cached = length
             sequence.next_step()
             self.statistics.prompt_tokens += len(entry.prompt)
@@ -253,34 +254,41 @@ class Batch:
 
         A pass without prompts is filled with draft tokens, up to `PASS` tokens in all.
         """
-        writes = any(not entry.sequence.reads_prompt for entry in self._running)
-
-        def deadline(entry: Entry) -> tuple[bool, float]:
-            left = entry.sequence.pending_count
-            return left > _SHORT, entry.arrived + left * self._speed.seconds_per_token
-
-        chosen: list[tuple[Entry, int]] = []
-        room = self._speed.tokens_in(ALONE)
         for entry in self._running:
             entry.sequence.draft(0)
-        for entry in sorted(self._running, key=deadline):
-            sequence = entry.sequence
-            if sequence.pending_count > _SHORT and writes:
-                room, writes = min(room, self._speed.tokens_in(STALL)), False  # once: for all prompts together
-            size = entry.cache.span(min(sequence.pending_count, room))
-            rest = sequence.pending_count - size
-            if 0 < rest < sequence.rows:  # rows of logits come from one pass
-                size -= sequence.rows - rest
-            if size > 0:
-                chosen.append((entry, size))
-                room -= size
+        steps = [entry for entry in self._running if entry.sequence.pending_count == 1]
+        short = [entry for entry in self._running if 1 < entry.sequence.pending_count <= _SHORT]
+        long = [entry for entry in self._running if entry.sequence.pending_count > _SHORT]
+        writes = any(not entry.sequence.reads_prompt for entry in self._running)
+        room = self._speed.tokens_in(STALL if long and writes else ALONE)
+        chosen: list[tuple[Entry, int]] = []
+        self._fill(chosen, steps, len(steps))
+        if len(chosen) < len(steps):  # more than a pass takes: the others are next
+            ran = {entry for entry, _ in chosen}
+            self._running.sort(key=lambda entry: entry in ran)
+        for entries in (short, long):
+            least = self._speed.tokens_in(0)  # however slow the machine, each kind makes progress
+            self._fill(chosen, sorted(entries, key=self._deadline), max(least, room - _tokens(chosen)))
         if not any(entry.sequence.reads_prompt for entry in self._running):
             self._add_drafts(chosen)
         return chosen
 
+    def _deadline(self, entry: Entry) -> float:
+        """When the rest of a prompt would be finished if it ran alone from its arrival."""
+        return entry.arrived + entry.sequence.pending_count * self._speed.seconds_per_token
+
+    def _fill(self, chosen: list[tuple[Entry, int]], entries: Iterable[Entry], most: int) -> None:
+        """Add pieces of these sequences, in this order and of at most `most` tokens in all, to those of a pass."""
+        most = min(most, self._model.chunk - _tokens(chosen))
+        for entry in entries:
+            if most > 0:
+                size = entry.cache.span(min(entry.sequence.pending_count, most))
+                chosen.append((entry, size))
+                most -= size
+
     def _add_drafts(self, chosen: list[tuple[Entry, int]]) -> None:
         """Add draft tokens, with an equal share of the rest of the pass for each text."""
-        tokens = sum(size for _, size in chosen)
+        tokens = _tokens(chosen)
         for at, (entry, size) in enumerate(chosen):
             if entry.sequence.pending_count == size:
                 share = ceil_div(PASS - tokens, len(chosen) - at) if tokens < PASS else 0
@@ -357,7 +365,7 @@ class Batch:
         pieces = []
         for entry, size in chosen:
             sequence = entry.sequence
-            rows = sequence.rows if size == sequence.pending_count else 0
+            rows = max(0, size - (sequence.pending_count - sequence.rows))
             ids = np.array(sequence.pending_ids(size), np.int64)
             pieces.append(Piece(ids, entry.cache, rows, sequence.draft_count))
         rows = sum(piece.rows for piece in pieces)
@@ -422,3 +430,8 @@ class Batch:
         entry.release()
         self._memory.trim(self._caches())
         entry.on_end(error)
+
+
+def _tokens(chosen: list[tuple[Entry, int]]) -> int:
+    """Tokens of the pieces of a pass."""
+    return sum(size for _, size in chosen)

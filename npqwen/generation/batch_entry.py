@@ -33,6 +33,8 @@ class Entry:
     prompt: Ids
     lent: bool
     """Whether its cache belongs to a caller who uses it afterwards."""
+    started: bool = False
+    """Whether it has ever run; it may be waiting again."""
 
     @property
     def cache(self) -> KVCache:

@@ -141,12 +141,13 @@ class Decoding:
     def accept(self, logits: NDArray[np.float32] | None, maxima: NDArray[np.float32] | None = None) -> str:
         """Take one step, with the logits of the pending tokens; returns the text that it made certain, perhaps "".
 
-        logits: float32 (`rows`, vocab_size), where the last row is the last token's; None if nothing was pending.
+        logits: float32 (`rows`, vocab_size), where the last row is the last token's; None if nothing was pending. Of
+        several rows, the first few may come alone; the step is then taken in parts.
         maxima: the block maxima of the last row, see `npqwen.kernels.greatest.block_maxima`, if they are known. Raises
         what a logits_processor or a watch raises, OptionError if bias, processor or the text's structure leave no token
         to draw, or the structure forbids a forced one, and FormatError for logits that are not finite.
         """
-        piece = self._score_unscored(logits) if self._unscored and logits is not None else self._step(logits, maxima)
+        piece = self._score(logits) if self._unscored and logits is not None else self._step(logits, maxima)
         if piece:
             self._pieces.append(piece)
         return piece
@@ -268,16 +269,20 @@ class Decoding:
         if self._guide.ended and not self._forced:
             self.finish_reason = "stop"  # eos does not exist, or is forbidden
 
-    def _score_unscored(self, logits: NDArray[np.float32]) -> str:
-        """Append the log-probabilities of the forced tokens after the first; returns the text of all of them.
+    def _score(self, logits: NDArray[np.float32]) -> str:
+        """Append the log-probabilities of forced tokens after the first; returns the text of all, with those of the
+        last.
 
-        logits: float32 (tokens, vocab_size), a row for each of these tokens.
+        logits: float32 (tokens, vocab_size), a row for each of the first few pending tokens.
         """
         assert self.logprobs is not None
-        self._run += len(self._unscored)
-        for row, id in zip(logits, self.ids[-len(self._unscored) :], strict=True):
+        for row, id in zip(logits, self.ids[len(self.ids) - len(self._unscored) :], strict=False):
             self.logprobs.append(token_logprobs(row, id, self._top, self._tokenizer))
-        piece, self._unscored, self._held = self._held, [], ""
+        self._run += len(logits)
+        self._unscored = self._unscored[len(logits) :]
+        if self._unscored:
+            return ""
+        piece, self._held = self._held, ""
         return piece
 
 

@@ -144,6 +144,11 @@ class Sequence:
         return 0 if self.cache is None else self.cache.length
 
     @property
+    def begun(self) -> bool:
+        """Whether any of it has been computed, or it has a cache for that."""
+        return self.cache is not None or bool(self.decoding.ids)
+
+    @property
     def pending_count(self) -> int:
         """How many tokens `pending_ids` has."""
         return self.decoding.target_length - self.length + len(self._draft)

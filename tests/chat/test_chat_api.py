@@ -11,6 +11,7 @@ import pytest
 from reciter import TOKENIZER, Reciter
 
 import npqwen
+from npqwen.chat.chat_stream import chat, chat_batch
 from npqwen.errors import OptionError, SamplingWarning
 from npqwen.generation.session import Session
 from npqwen.tools.calls import call_id
@@ -85,6 +86,19 @@ def test_n_answers_are_those_of_n_seeds_and_read_the_prompt_once(model: npqwen.M
     session = Session(model)
     assert model.chat(question, n=2, seed=5, session=session, **options)[0].reasoning == alone[0].reasoning
     assert model.chat(question, seed=5, session=session, **options).usage.cached_tokens == prompt - 1
+
+
+def test_answers_of_one_call_end_after_it_in_a_batch_too() -> None:
+    text = f"{CALL}\n{CALL}\n" + "and some more text " * 10
+    options: dict[str, Any] = {"tools": [get_weather], "parallel_tool_calls": False, "logprobs": True}
+    (alone,) = chat_batch(Reciter(text), ["Hi"], **options)
+    together = chat(Reciter("a plain answer " * 20, text), "Hi", n=2, **options)
+    assert isinstance(together, list)
+    listed = chat_batch(Reciter("a plain answer " * 20, text), ["Hi", "Hi"], **options)
+    assert len(alone.tool_calls) == 1
+    for reply in (together[1], listed[1]):
+        assert reply.usage.generated_tokens == alone.usage.generated_tokens
+        assert reply.tool_calls[0].name == alone.tool_calls[0].name
 
 
 @pytest.mark.parametrize("n", [0, -1, 1.5, "2", True, float("nan")])

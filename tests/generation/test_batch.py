@@ -365,3 +365,66 @@ def test_a_text_that_is_cancelled_while_it_begins_ends(dense: Model) -> None:
     batch.step()
     assert text.ends == [None]
     assert not batch.step()
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_many_forced_tokens_are_scored_over_several_passes(
+    dense: Model, tokens: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = " ".join(["there was a little dog"] * 12)
+    options: dict[str, Any] = {"choice": [said], "top_logprobs": 2, "max_tokens": 300, "temperature": 0}
+    alone = Stream(dense, "Hi", **options)
+    alone.completion()
+    dense.prefixes.clear()
+    batch = Batch(dense)
+    small(batch, monkeypatch, tokens)
+    texts = [Text(batch, dense, "Hi", **options) for _ in range(2)]
+    for _ in range(400):
+        batch.step()
+    for text in texts:
+        same(text, alone)
+    assert alone.text == said
+
+
+@pytest.mark.parametrize("chunk", [256, 12])
+def test_a_slow_machine_runs_a_step_of_every_text(
+    dense: Model, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if there are more texts than tokens of a prompt would fit into the pass, or than a pass has tokens."""
+    batch = Batch(dense, parallel=24)
+    small(batch, monkeypatch, 4)
+    texts = [Text(batch, dense, f"{i} a", max_tokens=40, seed=i, logit_bias=ENDLESS) for i in range(23)]
+    for text in texts:
+        while not text.sequence.decoding.ids:
+            batch.step()
+    monkeypatch.setattr(dense, "chunk", chunk)
+    late = Text(batch, dense, STORY, max_tokens=1)
+    before = [len(text.sequence.decoding.ids) for text in texts]
+    for _ in range(6):
+        batch.step()
+    gained = [len(text.sequence.decoding.ids) - old for text, old in zip(texts, before, strict=True)]
+    if chunk == 256:
+        assert gained == [6] * 23
+        assert late.sequence.length == 6 * 4
+    else:
+        assert sum(gained) == 6 * 12
+        assert max(gained) - min(gained) <= 1
+
+
+def test_a_prompt_that_is_read_again_counts_once(dense: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = dense.new_cache(1).page_bytes
+    dense.prefixes.set_limit(0)
+    batch = Batch(dense, memory=13 * page)
+    small(batch, monkeypatch, 16)
+    options: dict[str, Any] = {"max_tokens": 600, "logit_bias": ENDLESS, "speculation": False}
+    writers = [Text(batch, dense, f"{i} a", seed=i, **options) for i in range(3)]
+    while len(writers[0].sequence.decoding.ids) < 480:
+        batch.step()
+    reader = Text(batch, dense, dense.tokenizer.decode(dense.tokenizer.encode(STORY * 8)[:1500]), max_tokens=5)
+    while not batch.statistics.preempted:
+        assert batch.step()
+    assert not reader.sequence.decoding.ids
+    finish(batch)
+    texts = [*writers, reader]
+    assert batch.statistics.prompt_tokens == sum(len(text.sequence.decoding.prompt_ids) for text in texts)
+    assert [text.ends for text in texts] == [[None]] * 4
