@@ -141,6 +141,13 @@ class Fields:
             self.wrong(name, "an object")
         return self._child(value, self.place(name))
 
+    def mapping(self, name: str) -> dict[str, Any] | None:
+        """An object whose names are not fields of the API, such as a JSON schema."""
+        value = self.any(name)
+        if value is not None and not isinstance(value, dict):
+            self.wrong(name, "an object")
+        return value
+
     def objects(self, name: str) -> list[Fields] | None:
         """A list of objects, each as fields."""
         values = self.items(name)

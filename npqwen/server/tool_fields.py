@@ -43,7 +43,7 @@ def _tool(fields: Fields) -> dict[str, Any] | None:
     function = fields.required("function", fields.object)
     function.required("name", function.text)
     function.text("description")
-    function.object("parameters")
+    function.mapping("parameters")
     function.ignore("strict")
     kept = {key: value for key, value in function.values.items() if key != "strict" and value is not None}
     return {"type": "function", "function": kept}

@@ -95,6 +95,14 @@ def test_null_counts_as_absent() -> None:
     fields.refuse("a", "no reason")
 
 
+def test_a_mapping_has_no_fields_of_its_own() -> None:
+    fields = parse_fields(b'{"schema": {"type": "object", "anything": 1}, "wrong": 1}')
+    assert fields.mapping("schema") == {"type": "object", "anything": 1}
+    assert fields.mapping("absent") is None
+    assert "it must be an object" in refusal(lambda: fields.mapping("wrong"))[0]
+    assert fields._unknown() == []
+
+
 def test_a_refused_field_may_have_its_neutral_value() -> None:
     fields = parse_fields(b'{"best_of": 1, "store": false}')
     fields.refuse("best_of", "one is enough", 1)

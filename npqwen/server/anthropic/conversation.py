@@ -132,8 +132,7 @@ def read_tools(body: Fields) -> list[dict[str, Any]] | None:
         if kind not in (None, "custom") and "input_schema" not in tool:
             _log.debug("%s of type %s was skipped", tool.path, quoted(kind))
             continue
-        tool.required("input_schema", tool.object)
-        function = {"name": tool.required("name", tool.text), "parameters": tool.any("input_schema")}
+        function = {"name": tool.required("name", tool.text), "parameters": tool.required("input_schema", tool.mapping)}
         if description := tool.text("description"):
             function["description"] = description
         tools.append({"type": "function", "function": function})

@@ -70,7 +70,7 @@ def _format(body: Fields) -> Fields | None:
     if format is None:
         return None
     format.required("type", lambda field: format.one_of(field, _FORMATS))
-    format.required("schema", format.object)
+    format.required("schema", format.mapping)
     return format
 
 

@@ -75,5 +75,6 @@ def _call(fields: Fields) -> dict[str, Any]:
     if not isinstance(arguments, str | dict | None):
         function.wrong("arguments", "text of JSON, or an object")
     id = fields.text("id")
+    fields.ignore("type", "index")
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     return call if id is None else {"id": id, **call}

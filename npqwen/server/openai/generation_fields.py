@@ -110,15 +110,15 @@ def include_usage(fields: Fields) -> bool:
 
 
 def _biases(fields: Fields) -> dict[int, float] | None:
-    given = fields.object("logit_bias")
+    given = fields.mapping("logit_bias")
     if given is None:
         return None
     biases = {}
-    for key, bias in given.values.items():
+    for key, bias in given.items():
         if not (key.isascii() and key.isdigit() and len(key) < 10):
             raise FieldError(f"logit_bias has the key {quoted(key)}; each must be a token id", "logit_bias")
         if not is_number(bias) or not -100 <= bias <= 100:
-            given.wrong(key, "a number from -100 to 100")
+            Fields(given, "logit_bias").wrong(key, "a number from -100 to 100")
         biases[int(key)] = float(bias)
     return biases
 

@@ -108,8 +108,8 @@ def _schema(body: Fields) -> Any:
         return None
     kind = format.required("type", lambda name: format.one_of(name, ("text", "json_object", "json_schema")))
     if kind == "json_schema":
-        format.required("schema", format.object)
-        return format.any("schema")
+        format.ignore("name", "description", "strict")
+        return format.required("schema", format.mapping)
     return {"type": "object"} if kind == "json_object" else None
 
 

@@ -90,7 +90,8 @@ def _add(tools: ClientTools, tool: Fields, namespace: str | None) -> None:
         description = "\n\n".join(part for part in (description, _grammar(tool)) if part)
         parameters: Any = {"type": "object", "properties": {_INPUT: {"type": "string"}}, "required": [_INPUT]}
     else:
-        parameters = tool.any("parameters") if tool.object("parameters") else {"type": "object", "properties": {}}
+        tool.ignore("strict")
+        parameters = tool.mapping("parameters") or {"type": "object", "properties": {}}
     function = {"name": name, **({"description": description} if description else {}), "parameters": parameters}
     tools.schemas.append({"type": "function", "function": function})
 
