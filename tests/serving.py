@@ -140,7 +140,7 @@ class ScriptedModels:
     ) -> ScriptedModels:
         return self
 
-    async def start(self, request: Request) -> Run:
+    async def start(self, request: Request, *, admitted: bool = False) -> Run:
         if self.error is not None:
             raise self.error
         self.requests.append(request)

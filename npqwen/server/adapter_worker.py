@@ -33,10 +33,10 @@ class AdapterWorker:
         """See Worker."""
         return self._worker.statistics
 
-    async def start(self, request: Request | ReadRequest) -> Run:
+    async def start(self, request: Request | ReadRequest, *, admitted: bool = False) -> Run:
         """See Worker. Raises OptionError for a ReadRequest: vectors and scores are computed without adapters."""
         if isinstance(request, ReadRequest):
             name = self.model.name
             raise OptionError(f"the model {name} computes vectors and scores without adapters; request {name} instead")
         options: Any = {**request.options, "adapter": self.adapter}
-        return await self._worker.start(replace(request, options=options))
+        return await self._worker.start(replace(request, options=options), admitted=admitted)

@@ -10,13 +10,15 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from npqwen.generation.completion import Usage
 from npqwen.wording import shortened
+
+if TYPE_CHECKING:
+    from npqwen.server.run import Run
 
 _log = logging.getLogger(__name__)
 
@@ -40,14 +42,12 @@ class Exchange:
     """By which a client and the log refer to it."""
     model: str | None = None
     """The name of the model that answers it; None if no model was used."""
-    prompt_tokens: int = 0
-    """Sum over the runs that it started."""
-    choices: int = 0
-    """Number of answers that it requests."""
-    usages: list[Usage] = field(default_factory=list)
-    """Those of the answers that have ended."""
+    runs: list[Run] = field(default_factory=list)
+    """What it had the model compute."""
     ignored: list[str] = field(default_factory=list)
     """Fields of its body that the server does not know, and so ignored."""
+    problem: str = ""
+    """Why it failed, as its client was told; "" if it did not."""
     at_end: list[Callable[[], None]] = field(default_factory=list)
     """Called at its end."""
     rest: asyncio.Future[Any] | None = None
@@ -62,6 +62,13 @@ def request_id() -> str:
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 """The exchange that the running code belongs to, also in tasks that its handler has started; None outside of one."""
+
+
+def note_problem(message: str) -> None:
+    """Have the log's line for the current HTTP request say why it failed. Does nothing outside of a request."""
+    exchange = current.get()
+    if exchange is not None:
+        exchange.problem = message
 
 
 class Exchanges:
@@ -98,9 +105,9 @@ class Exchanges:
                 release()
             if _log.isEnabledFor(logging.INFO):
                 seconds = time.perf_counter() - started
-                path, work, ignored = shortened(scope["path"]), _work(exchange), _ignored(exchange)
-                method, id = scope["method"], exchange.id
-                _log.info("%s %s %d%s, %.2f s%s, %s", method, path, status, work, seconds, ignored, id)
+                path, work = shortened(scope["path"]), _work(exchange)
+                rest = f"{_ignored(exchange)}, {exchange.id}{_problem(exchange)}"
+                _log.info("%s %s %d%s, %.2f s%s", scope["method"], path, status, work, seconds, rest)
 
         try:
             await self._app(scope, receive, noted)
@@ -118,12 +125,17 @@ class Exchanges:
 def _work(exchange: Exchange) -> str:
     """The model and the tokens of a request, for the log."""
     model = "" if exchange.model is None else f" {exchange.model}"
-    if not exchange.choices:
+    if not exchange.runs:
         return model
-    cached = sum(usage.cached_tokens for usage in exchange.usages)
-    generated = sum(usage.generated_tokens for usage in exchange.usages)
-    ended = "" if len(exchange.usages) == exchange.choices else ", ended early"
-    return f"{model}: {exchange.prompt_tokens} prompt tokens, {cached} cached; {generated} generated{ended}"
+    prompt = sum(run.prompt_tokens for run in exchange.runs)
+    cached, generated = (sum(counts) for counts in zip(*(run.progress() for run in exchange.runs), strict=True))
+    ended = "" if all(run.complete for run in exchange.runs) else ", ended early"
+    return f"{model}: {prompt} prompt tokens, {cached} cached; {generated} generated{ended}"
+
+
+def _problem(exchange: Exchange) -> str:
+    """Why a request failed, for the log."""
+    return f": {shortened(exchange.problem, 200)}" if exchange.problem else ""
 
 
 def _ignored(exchange: Exchange) -> str:

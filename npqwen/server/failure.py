@@ -14,6 +14,7 @@ from npqwen.errors import (
     OutOfMemoryError,
     QueueFullError,
 )
+from npqwen.server.exchange import note_problem
 from npqwen.server.fields import FieldError
 
 _log = logging.getLogger(__name__)
@@ -43,7 +44,14 @@ class Failure:
 
 
 def failure_of(error: BaseException) -> Failure:
-    """The failure for an exception. Unexpected exceptions are logged with their traceback."""
+    """The failure for an exception, also for the request's line in the log. Unexpected exceptions are logged with their
+    traceback."""
+    failure = _failure(error)
+    note_problem(failure.message)
+    return failure
+
+
+def _failure(error: BaseException) -> Failure:
     if isinstance(error, FieldError):
         return Failure(400, str(error), param=error.param)
     if isinstance(error, ContextLengthError):

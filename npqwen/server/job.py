@@ -34,6 +34,8 @@ class Job:
         """post(run, item): hands an event, or the exception that ends the run, to the run's event loop."""
         self.choices = choices
         self.run: Run
+        self.admitted = False
+        """Whether it is a part of a request of which another part has been started."""
         self.seconds: float | None = None
         """From the request's arrival to its end, once it has ended."""
         self._batch = batch
@@ -52,6 +54,16 @@ class Job:
         """Remove the sequences from the batch."""
         for choice in self.choices:
             self._batch.cancel(choice.sequence)
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is a request that waits: none of its sequences has begun. Any thread may read this."""
+        return not self.admitted and not any(choice.sequence.begun for choice in self.choices)
+
+    def progress(self) -> tuple[int, int]:
+        """How many tokens of the prompt were cached, and how many are generated so far. Any thread may call this."""
+        usages = [choice.sequence.usage for choice in self.choices]
+        return usages[0].cached_tokens, sum(usage.generated_tokens for usage in usages)
 
     def _send(self, choice: Choice, event: RunEvent) -> None:
         if not self.run.cancelled and not self._failed:

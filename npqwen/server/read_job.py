@@ -21,6 +21,8 @@ class ReadJob:
     def __init__(self, texts: list[Ids], reader: Reader, post: Post) -> None:
         """post(run, item): hands an event, or the exception that ends the run, to the run's event loop."""
         self.run: Run
+        self.admitted = False
+        """Whether it is a part of a request of which another part has been started."""
         self.seconds: float | None = None
         """From the request's arrival to its end, once it has ended."""
         self._texts = texts
@@ -37,6 +39,15 @@ class ReadJob:
         """Remove the texts from the reader."""
         if self._readings is not None:
             self._reader.cancel(self._readings)
+
+    @property
+    def waits(self) -> bool:
+        """Whether none of its texts has begun. Any thread may read this."""
+        return self._readings is None or not self._readings.begun
+
+    def progress(self) -> tuple[int, int]:
+        """How many tokens of the texts were cached so far, and 0, as none are generated. Any thread may call this."""
+        return 0 if self._readings is None else self._readings.cached, 0
 
     def _ended(self, error: BaseException | None) -> None:
         self.seconds = time.monotonic() - self._arrived

@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.types import Scope
 
 from npqwen.server.anthropic import errors as anthropic
-from npqwen.server.exchange import request_id
+from npqwen.server.exchange import note_problem, request_id
 from npqwen.server.failure import Failure
 from npqwen.server.json_text import JSONReply
 from npqwen.server.openai import errors as openai
@@ -17,6 +17,7 @@ from npqwen.server.openai import errors as openai
 
 def refusal(scope: Scope, failure: Failure, headers: Mapping[str, str] | None = None) -> Response:
     """The response to a request that failed, in the format of the API that its path belongs to."""
+    note_problem(failure.message)
     return JSONReply(_body(own_path(scope), failure), failure.status, {**failure.headers, **(headers or {})})
 
 

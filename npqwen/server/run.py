@@ -60,11 +60,19 @@ class Run:
     to a callback as they arrive: a queue between two tasks would cost more than most events.
     """
 
-    def __init__(self, choices: int, prompt_tokens: int, cancel: Callable[[Run], None]) -> None:
-        """prompt_tokens: including those that the template adds. cancel: tells the engine's thread to end the run."""
+    def __init__(
+        self,
+        choices: int,
+        prompt_tokens: int,
+        cancel: Callable[[Run], None],
+        progress: Callable[[], tuple[int, int]] = lambda: (0, 0),
+    ) -> None:
+        """prompt_tokens: including those that the template adds. cancel: tells the engine's thread to end the run.
+        progress: returns how many tokens of the prompt were cached, and how many are generated so far."""
         self.choices = choices
         self.prompt_tokens = prompt_tokens
         self.cancelled = False
+        self.progress = progress
         self._cancel = cancel
         self.loop = asyncio.get_running_loop()
         self._early: list[tuple[int, RunEvent] | BaseException] = []
@@ -73,10 +81,14 @@ class Run:
         self._ended = asyncio.Event()
         self._error: BaseException | None = None
         self._left = choices
-        self._exchange = current.get()
-        if self._exchange is not None:
-            self._exchange.prompt_tokens += prompt_tokens
-            self._exchange.choices += choices
+        exchange = current.get()
+        if exchange is not None:
+            exchange.runs.append(self)
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its choices have ended by themselves."""
+        return not self._left
 
     def cancel(self) -> None:
         """End the request after the pass in progress, also during prefill. Any thread may call this, repeatedly."""
@@ -100,8 +112,6 @@ class Run:
             index, event = item
             if isinstance(event, Finish | Completed | States):
                 self._left -= 1
-                if self._exchange is not None:
-                    self._exchange.usages.append(_usage(event))
             try:
                 self._take(index, event)
             except Exception as error:
@@ -165,9 +175,3 @@ class Run:
     def _end(self, error: BaseException) -> None:
         self._error = error
         self._ended.set()
-
-
-def _usage(event: Finish | Completed | States) -> Usage:
-    if isinstance(event, States):
-        return event.usage
-    return event.reply.usage if isinstance(event, Finish) else event.completion.usage

@@ -77,32 +77,36 @@ class Worker:
         driver = self._driver
         return WorkerStatistics(
             **vars(driver.statistics),
-            waiting=driver.waiting + len(self._starting),
+            waiting=self._waiting(),
             running=driver.running,
             requests=self._requests,
             heartbeat=time.monotonic() if self._idle else self._beat,
             alive=self._thread.is_alive(),
         )
 
-    async def start(self, request: Request | ReadRequest) -> Run:
+    async def start(self, request: Request | ReadRequest, *, admitted: bool = False) -> Run:
         """Check a request, make the token ids of its prompt or texts, and queue it.
+
+        admitted: it is a part of one that has been started, so it does not count against the limit of the queue.
 
         Raises OptionError and ContextLengthError for requests that are invalid, or that this model does not support,
         QueueFullError if too many wait, ClosedError after `close`.
         """
         if self._closed:
             raise ClosedError("the server is shutting down")
-        waiting = self._driver.waiting + len(self._starting)
+        waiting = 0 if admitted else self._waiting()
         if waiting >= self._queue_limit:
             seconds = self._seconds * (waiting + 1) / max(1, self._driver.running)
             raise QueueFullError(
                 f"{waiting} requests are waiting already; try again later",
                 retry_after=max(1, min(_LONGEST_RETRY, round(seconds))),
             )
-        self._starting.add(request)
+        if not admitted:
+            self._starting.add(request)
         try:
             job, choices, prompt_tokens = await asyncio.to_thread(self._prepare, request)
-            job.run = Run(choices, prompt_tokens, lambda run: self._calls.put(job.leave))
+            job.admitted = admitted
+            job.run = Run(choices, prompt_tokens, lambda run: self._calls.put(job.leave), job.progress)
             with self._closing:
                 if self._closed:
                     raise ClosedError("the server is shutting down")
@@ -123,6 +127,10 @@ class Worker:
         """Change the memory for keys and values, in bytes, starting with the next pass; it is at least one page's."""
         most = max(memory, self.model.new_cache(1).page_bytes)
         self._calls.put(lambda: self._driver.limit(most))
+
+    def _waiting(self) -> int:
+        """How many requests wait: none of their texts has begun."""
+        return len(self._starting) + sum(job.waits for job in list(self._jobs))
 
     def _prepare(self, request: Request | ReadRequest) -> tuple[Job | ReadJob, int, int]:
         """A request's job, its number of choices, and the number of tokens of its prompt or texts."""

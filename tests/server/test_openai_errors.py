@@ -114,7 +114,11 @@ def test_every_response_has_the_id_that_the_log_has(http: httpx.Client, caplog: 
             for given in ("", "abc-1", "a b", "x" * 129):
                 ids.append(http.post(CHAT, json=body, headers={"X-Request-Id": given}).headers["x-request-id"])
                 assert ids[-1] == given if given == "abc-1" else re.fullmatch(r"req_[0-9a-f]{24}", ids[-1])
-        wait_until(lambda: {*ids} <= {record.message.rpartition(" s, ")[2] for record in caplog.records})
+        ends = (record.message.rpartition(" s, ")[2] for record in caplog.records)
+        wait_until(lambda: len(caplog.records) == len(ids))
+        assert {*ids} == {end.partition(": ")[0] for end in ends}
+    problems = {record.message.partition(f"{ids[-1]}: ")[2] for record in caplog.records} - {""}
+    assert problems == {"messages is missing"}
     with openai.OpenAI(base_url=f"{http.base_url}/v1", api_key="none", max_retries=0) as client:
         assert (client.models.list()._request_id or "").startswith("req_")
         with pytest.raises(openai.NotFoundError) as error:
@@ -342,9 +346,9 @@ def check_answer(response: httpx.Response) -> None:
 def test_mutated_bodies_are_answered_or_refused(http: httpx.Client, monkeypatch: pytest.MonkeyPatch) -> None:
     start = Worker.start
 
-    async def short(self: Worker, request: Request) -> Run:
+    async def short(self: Worker, request: Request, **how: Any) -> Run:
         options: Any = {**request.options, "max_tokens": min(request.options.get("max_tokens") or 4, 4)}
-        return await start(self, replace(request, options=options))
+        return await start(self, replace(request, options=options), **how)
 
     monkeypatch.setattr(Worker, "start", short)
     rng = random.Random(16)

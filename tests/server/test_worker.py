@@ -19,6 +19,7 @@ import npqwen
 from npqwen.chat.events import CallStart, Finish, Notice, Reasoning, Text
 from npqwen.engine.prefix_page import MIN_PREFIX
 from npqwen.errors import ClosedError, ContextLengthError, OptionError, QueueFullError
+from npqwen.server.openai.prompts_run import PromptsRun
 from npqwen.server.requests import ChatRequest, TextRequest
 from npqwen.server.run import Completed, Progress, Run, Scored
 from npqwen.server.worker import Worker
@@ -166,6 +167,20 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
 
     with working(model, parallel=1, queue_limit=2) as worker:
         assert [one.text for (one,) in run(body(worker))] == ["yes"] * 3
+
+
+def test_a_request_waits_once_whatever_its_choices_and_prompts(tiny_model: npqwen.Model) -> None:
+    async def body(worker: Worker) -> None:
+        many = [TextRequest(f"{i} a", n=8, options={"max_tokens": 2}) for i in range(40)]
+        prompts = await PromptsRun.start(worker, many)
+        single = [await worker.start(TextRequest("b", n=16, options={"max_tokens": 2})) for _ in range(3)]
+        assert len(await prompts.completions()) == 320
+        for run in single:
+            assert len(await run.completions()) == 16
+        assert worker.statistics.waiting == 0
+
+    with working(tiny_model, queue_limit=4) as worker:
+        run(body(worker))
 
 
 def test_what_cannot_be_obeyed_is_refused_at_the_door(tiny_model: npqwen.Model) -> None:

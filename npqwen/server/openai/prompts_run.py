@@ -17,13 +17,13 @@ if TYPE_CHECKING:
     from npqwen.server.worker import Worker
 
 AT_ONCE = 16
-"""Most prompts of one request that wait for the worker, or run, at once."""
+"""Most choices of one request that wait for the worker, or run, at once; one prompt may have more."""
 
 
 class PromptsRun:
     """The events of several prompts, each of n choices: choice j of prompt i is choice i n + j here.
 
-    Prompts are started in order, a few at a time, so that one request does not fill the worker's queue. If one fails,
+    Prompts are started in order, a few at a time, so that other requests take turns with them. If one fails,
     the others are cancelled, and `for_each` raises its error.
     """
 
@@ -41,7 +41,7 @@ class PromptsRun:
         """Start the first prompts. Raises what `Worker.start` raises for them; then those started are cancelled."""
         run = cls(worker, requests)
         try:
-            for _ in range(min(AT_ONCE, len(requests))):
+            for _ in range(min(max(1, AT_ONCE // requests[0].n), len(requests))):
                 await run._start_next()
         except BaseException:
             run.cancel()
@@ -91,7 +91,7 @@ class PromptsRun:
         """Start the next prompt, and return its index; None if there is none left."""
         prompt = None if self._cancelled else next(self._prompts, None)
         if prompt is not None:
-            self._runs[prompt] = await self._worker.start(self._requests[prompt])
+            self._runs[prompt] = await self._worker.start(self._requests[prompt], admitted=prompt > 0)
             if self._cancelled:  # while it was being started
                 self._runs[prompt].cancel()
         return prompt
