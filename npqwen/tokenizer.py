@@ -87,10 +87,20 @@ class Tokenizer:
         found: dict[str, int] = self._tokenizer.get_vocab(with_added_tokens=True)
         return found
 
-    @property
-    def json(self) -> str:
-        """The tokenizer as the text of a tokenizer.json."""
-        return str(self._tokenizer.to_str())
+    def exact_encoder(self) -> Callable[[str], list[int]]:
+        """A function that encodes exactly the bytes of a text: without normalization, and without added tokens.
+
+        Names of added tokens become the tokens that spell them. The function does not keep this object alive.
+        """
+        exact = _Tokenizer(self._tokenizer.model)
+        if self._tokenizer.pre_tokenizer is not None:
+            exact.pre_tokenizer = self._tokenizer.pre_tokenizer
+
+        def encode(text: str) -> list[int]:
+            ids: list[int] = exact.encode(text, add_special_tokens=False).ids
+            return ids
+
+        return encode
 
     def kept(self, key: Hashable, make: Callable[[], Kept]) -> Kept:
         """What `make` returned when it was first called for this key: something costly that belongs to a tokenizer."""

@@ -44,6 +44,15 @@ def test_text_survives_the_round_trip(tokenizer: Tokenizer, text: str) -> None:
     assert tokenizer.decode(tokenizer.encode(text), special=True) == text
 
 
+@pytest.mark.parametrize("text", [*TEXTS, "\u212b", "re\u0301sume\u0301", "a<think></think>b", "\u1112\u1161\u11ab"])
+def test_the_exact_encoder_keeps_every_byte_and_uses_no_added_token(tokenizer: Tokenizer, text: str) -> None:
+    ids = tokenizer.exact_encoder()(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)) == text.encode()
+    assert tokenizer.added_ids.isdisjoint(ids)
+    if unicodedata.is_normalized("NFC", text) and "<" not in text:
+        assert ids == tokenizer.encode(text)
+
+
 def test_special_tokens_are_recognised_but_not_added_nor_printed(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("<|im_start|><think>x</think><|im_end|>")
     assert [ids[0], ids[1], ids[-2], ids[-1]] == [4097, 4120, 4121, 4098]

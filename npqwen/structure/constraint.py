@@ -47,8 +47,8 @@ class Constraint:
     def forced(self) -> list[int]:
         """The tokens that must come next, since the structure allows no other text; perhaps none.
 
-        They are the tokenizer's encoding of that text, as far as later text cannot change it. `allowed` has only the
-        first of them.
+        They are the tokenizer's encoding of that text, without normalization and added tokens, as far as later text
+        cannot change it. `allowed` has only the first of them.
         """
         ids = self._matcher.compute_ff_tokens()
         self._check()

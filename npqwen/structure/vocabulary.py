@@ -17,6 +17,26 @@ if TYPE_CHECKING:
 
 _KEPT = 16
 """The most compiled grammars that are kept."""
+_END = "<|endoftext|>"
+
+
+class _Tokens:
+    """What llguidance asks of a tokenizer. It does not refer to that tokenizer, which keeps the vocabulary.
+
+    A call encodes text that a structure requires. It must come out as it is, even if it is not normalized or has the
+    name of an added token, so the tokens are not those of the tokenizer's own encoding.
+    """
+
+    bos_token_id = None
+
+    def __init__(self, tokenizer: Tokenizer, size: int, eos_id: int) -> None:
+        self.eos_token_id = eos_id
+        self.tokens = [tokenizer.token_bytes(id) for id in range(size)]
+        self.special_token_ids = sorted(tokenizer.added_ids)
+        self._encode = tokenizer.exact_encoder()
+
+    def __call__(self, text: str) -> list[int]:
+        return self._encode(text)
 
 
 class Vocabulary:
@@ -27,11 +47,12 @@ class Vocabulary:
 
     def __init__(self, tokenizer: Tokenizer, size: int, eos_ids: Set[int]) -> None:
         """size: the number of logits. eos_ids: the tokens that end a text."""
-        from llguidance import LLTokenizer
+        from llguidance import LLTokenizer, TokenizerWrapper
 
         self._size = max(size, len(tokenizer))
         self._eos_ids = sorted(eos_ids)
-        self._tokens = LLTokenizer(tokenizer.json, n_vocab=self._size, eos_token=self._eos_ids or None)
+        ends = self._eos_ids or [tokenizer.token_id(_END) or 0]  # llguidance needs one
+        self._tokens = LLTokenizer(TokenizerWrapper(_Tokens(tokenizer, self._size, ends[0])), eos_token=ends)
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
         self._lock = Lock()
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
+import weakref
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from checkpoints import TINY
 from reciter import TOKENIZER, recite
 
 from npqwen.errors import OptionError
@@ -19,6 +22,7 @@ from npqwen.structure.grammar_text import language, literal
 from npqwen.structure.regex_text import narrowed_classes
 from npqwen.structure.structure import MAX_SIZE, Structure, narrowed
 from npqwen.structure.vocabulary import vocabulary_of
+from npqwen.tokenizer import Tokenizer
 
 
 def nested(depth: int) -> dict[str, Any]:
@@ -294,6 +298,24 @@ def test_characters_of_gbnf_are_those_of_llama_cpp(grammar: str, right: str, wro
 def test_any_text_can_be_a_choice(text: str) -> None:
     assert literal(text)[0] == literal(text)[-1] == '"'
     assert generate(recite(""), "x", choice=[text]).text == text
+
+
+@pytest.mark.parametrize("text", ["\u212b", "re\u0301sume\u0301", "<think>", "use <tool_call> here", "<|im_end|>"])
+def test_text_that_is_not_normalized_or_names_tokens_can_be_required(text: str) -> None:
+    assert generate(recite(""), "x", choice=[text]).text == text
+    pattern = text.replace("|", "[|]")
+    assert generate(recite(""), "x", regex=f"({pattern}|{pattern}s)").text == text
+    schema = {"type": "object", "properties": {text: {"const": text}}, "required": [text]}
+    assert generate(recite(""), "x", schema=schema).parsed == {text: text}
+
+
+def test_a_tokenizer_is_freed_with_its_vocabulary() -> None:
+    tokenizer = Tokenizer.from_directory(TINY)
+    vocabulary_of(tokenizer, 4128, {4098})
+    freed = weakref.ref(tokenizer)
+    del tokenizer
+    gc.collect()
+    assert freed() is None
 
 
 def test_a_vocabulary_is_made_once_and_keeps_compiled_structures() -> None:
