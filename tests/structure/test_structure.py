@@ -257,6 +257,27 @@ def test_classes_of_a_regex_have_what_is_in_them_everywhere(regex: str, wide: st
 
 
 @pytest.mark.parametrize(
+    ("characters", "right", "wrong"),  # as JavaScript has them
+    [
+        (r"[\w-z]", "5Gz_-", "`."),
+        (r"[\w-\.]", "a-.", "+/"),
+        (r"[+-\d]", "+-7", ",./"),
+        (r"[\s-\S]", "a- ", ""),
+        (r"[^\W-a]", "bZ_0", "a-."),
+        (r"[\d-a-z]", "5a-z", "b"),
+        (r"[\w--.]", "q-.", "+/"),
+        (r"[a-c\d-]", "b4-", "d."),
+        (r"[-\d+--/]", "-3+,/", ".*"),
+    ],
+)
+def test_a_hyphen_beside_a_set_of_characters_is_literal(characters: str, right: str, wrong: str) -> None:
+    for character in right + wrong:
+        assert accepts(character, regex=characters) == (character in right), character
+        schema = {"type": "string", "pattern": f"^{characters}$"}
+        assert accepts(f'"{character}"', schema=schema) == (character in right), character
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         ('start: "a"', "lark"),
