@@ -13,6 +13,7 @@ from npqwen.structure.grammar_text import lark_text, literal
 from npqwen.structure.instances import instance
 from npqwen.structure.json_values import plain
 from npqwen.structure.regex_text import narrowed_classes
+from npqwen.structure.subschemas import mapped
 from npqwen.structure.type_schema import type_schema
 from npqwen.wording import quoted, shortened
 
@@ -144,11 +145,8 @@ def with_style(schema: Mapping[str, Any]) -> dict[str, Any]:
     return {**schema, "x-guidance": {**JSON_STYLE, **own} if isinstance(own, Mapping) else own}
 
 
-_SUBSCHEMAS = ("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames")
-_LISTS = ("anyOf", "oneOf", "allOf", "prefixItems")
 _BOUNDS = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "enum", "const"}
 _GREATEST = 10**18 - 1
-_TABLES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 
 
 def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
@@ -159,7 +157,12 @@ def narrowed(schema: dict[str, Any]) -> dict[str, Any]:
     would forbid the properties of the others.
     """
     found: list[dict[str, Any]] = []
-    copy: dict[str, Any] = _copied(schema, found)
+
+    def noted(one: dict[str, Any]) -> dict[str, Any]:
+        found.append(one)
+        return one
+
+    copy: dict[str, Any] = mapped(schema, noted)
     for one in found:
         if isinstance(one.get("pattern"), str):
             one["pattern"] = narrowed_classes(one["pattern"], ascii=True)
@@ -195,22 +198,6 @@ def _has_properties(schema: Any) -> bool:
         not schema.keys().isdisjoint(("properties", "$ref", "allOf"))
         or any(_has_properties(schema.get(key)) for key in ("anyOf", "oneOf"))
     )
-
-
-def _copied(schema: Any, found: list[dict[str, Any]]) -> Any:
-    """A copy of a schema and its nested schemas, each of which is appended to `found`."""
-    if not isinstance(schema, dict):
-        return schema
-    copy = dict(schema)
-    found.append(copy)
-    for key, value in schema.items():
-        if key in _SUBSCHEMAS and isinstance(value, dict):
-            copy[key] = _copied(value, found)
-        elif key in (*_LISTS, "items") and isinstance(value, list):
-            copy[key] = [_copied(one, found) for one in value]
-        elif key in _TABLES and isinstance(value, dict):
-            copy[key] = {name: _copied(one, found) for name, one in value.items()}
-    return copy
 
 
 def _schema_structure(value: Any, name: str = "schema") -> Structure:

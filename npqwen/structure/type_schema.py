@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin, is_type
 
 from npqwen.errors import OptionError
 from npqwen.structure.hints import field_hints, is_named_tuple, type_hints
+from npqwen.structure.subschemas import mapped
 from npqwen.wording import quoted
 
 SCALARS: Mapping[Any, str] = {int: "integer", float: "number", str: "string", bool: "boolean", type(None): "null"}
@@ -50,7 +51,7 @@ def pydantic_schema(kind: Any) -> dict[str, Any]:
     from pydantic import TypeAdapter
 
     try:
-        return dict(_checked_by_pydantic(TypeAdapter(kind).json_schema()))
+        return dict(mapped(TypeAdapter(kind).json_schema(), _of_json))
     except Exception as error:  # a model's own code can raise anything
         raise OptionError(f"schema: {kind.__name__} has no JSON schema: {quoted(str(error))}") from None
 
@@ -59,14 +60,10 @@ _NOT_OF_JSON = {"binary", "password", "path", "file-path", "directory-path", "ba
 """Formats of pydantic's own."""
 
 
-def _checked_by_pydantic(schema: Any) -> Any:
-    """A copy without what only pydantic can check: that a set's items are unique, and formats of its own."""
-    if isinstance(schema, list):
-        return [_checked_by_pydantic(one) for one in schema]
-    if not isinstance(schema, dict):
-        return schema
+def _of_json(schema: dict[str, Any]) -> dict[str, Any]:
+    """Without what only pydantic can check: that a set's items are unique, and formats of its own."""
     return {
-        key: value if key in ("enum", "const", "default", "examples") else _checked_by_pydantic(value)
+        key: value
         for key, value in schema.items()
         if not (key == "uniqueItems" and value is True) and not (key == "format" and value in _NOT_OF_JSON)
     }

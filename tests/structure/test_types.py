@@ -37,6 +37,14 @@ class Options(TypedDict):
 Name = NewType("Name", str)
 
 
+class Keywords(pydantic.BaseModel):
+    format: int
+    uniqueItems: bool
+    const: set[str]
+    enum: dict[str, set[int]] = {}
+    default: pydantic.SecretStr | None = None
+
+
 class Model(pydantic.BaseModel):
     x: int = 1
     inner: Inner | None = None
@@ -186,3 +194,19 @@ def test_two_classes_of_one_name() -> None:
 
     schema = type_schema(tuple[make(int), make(str)])  # type: ignore[misc]
     assert sorted(schema["$defs"]) == ["Same", "Same_2"]
+
+
+def test_fields_may_have_the_names_of_keywords() -> None:
+    numbers = {"type": "array", "items": {"type": "integer"}}
+    properties = {name: dict(one, title=None) for name, one in type_schema(Keywords)["properties"].items()}
+    assert properties == {
+        "format": {"type": "integer", "title": None},
+        "uniqueItems": {"type": "boolean", "title": None},
+        "const": {"type": "array", "items": {"type": "string"}, "title": None},
+        "enum": {"type": "object", "additionalProperties": numbers, "default": {}, "title": None},
+        "default": {
+            "anyOf": [{"type": "string", "writeOnly": True}, {"type": "null"}], "default": None, "title": None
+        },
+    }  # fmt: skip
+    value = {"format": 1, "uniqueItems": True, "const": ["a"], "enum": {"b": [2]}, "default": "c"}
+    assert instance(check_options({"schema": Keywords})["schema"], value) == Keywords.model_validate(value)
