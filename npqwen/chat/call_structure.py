@@ -21,6 +21,7 @@ from typing import Any, Literal
 from npqwen.errors import OptionError
 from npqwen.structure.grammar_text import literal
 from npqwen.structure.structure import Structure, checked, narrowed, with_style
+from npqwen.structure.subschemas import mapped
 from npqwen.tools.calls import CLOSE, OPEN
 from npqwen.tools.toolbox import Tool
 
@@ -40,7 +41,7 @@ def calls_structure(
     write = _json_call if style == "json" else _tagged_call
     bodies = []
     for tool in tools:
-        schema = _with_nulls(tool.parameters)
+        schema = mapped(tool.parameters, _with_null)
         checked(f"the schema of the tool {tool.name}", _as_grammar(grammar.styled(schema, tool)))
         bodies.append(grammar.rule(write(tool, schema, grammar)))
     opening, closing = (OPEN, CLOSE) if tokens else (literal(OPEN), literal(CLOSE))
@@ -135,17 +136,12 @@ def _may_be_text(schema: Any) -> bool:
     return "string" in kind if isinstance(kind, list) else kind == "string" if kind else "$ref" not in schema
 
 
-def _with_nulls(schema: Any) -> Any:
-    """A copy in which values marked "nullable", as in transformers' function schemas, may be null."""
-    if isinstance(schema, list):
-        return [_with_nulls(one) for one in schema]
-    if not isinstance(schema, Mapping):
+def _with_null(schema: dict[str, Any]) -> dict[str, Any]:
+    """A schema whose values may be null if it is marked "nullable", as in transformers' function schemas."""
+    if schema.get("nullable") is not True:
         return schema
-    copy = {key: value if key in ("enum", "const", "default") else _with_nulls(value) for key, value in schema.items()}
-    if copy.get("nullable") is not True:
-        return copy
-    del copy["nullable"]
-    return {"anyOf": [copy, {"type": "null"}]}
+    del schema["nullable"]
+    return {"anyOf": [schema, {"type": "null"}]}
 
 
 def find_tools(tools: Mapping[str, Tool] | None, choice: str) -> Mapping[str, Tool]:

@@ -305,3 +305,17 @@ def test_values_between_tags_are_text_until_their_closing_tag() -> None:
     call = f"<tool_call>\n<function=get_weather>\n{values}</function>\n</tool_call>"
     reply = Reciter(call, template="coder").chat(QUESTION, tools=[get_weather, add], tool_choice="required")
     assert without_ids(reply.tool_calls) == [ToolCall("get_weather", {"city": 'New\n\nYork </param> "<b>"', "days": 3})]
+
+
+@pytest.mark.parametrize("name", ["default", "enum", "const", "nullable", "properties"])
+def test_a_parameter_that_may_be_null_may_have_the_name_of_a_keyword(name: str) -> None:
+    parameter = {"type": "integer", "nullable": True}
+    parameters = {"type": "object", "properties": {name: parameter}, "required": [name]}
+    tool = {"type": "function", "function": {"name": "f", "parameters": parameters}}
+    for template, call in (
+        ("hybrid", f'{{"name": "f", "arguments": {{"{name}": null}}}}'),
+        ("coder", f"<function=f>\n<parameter={name}>\nnull\n</parameter>\n</function>"),
+    ):
+        model = Reciter(f"<tool_call>\n{call}\n</tool_call>", template=template)
+        reply = model.chat(QUESTION, tools=[tool], tool_choice="required", max_tokens=80)
+        assert without_ids(reply.tool_calls) == [ToolCall("f", {name: None})]
