@@ -38,11 +38,12 @@ class Sampling:
         """A copy with these options changed; None changes nothing, and options that are not sampling's are ignored.
 
         Raises OptionError for an unknown option, for a value out of range, and for a filter without a temperature if
-        this sampling is greedy and would ignore it.
+        this sampling is greedy and would ignore it. A neutral value asks for no filter.
         """
         given = {name: value for name, value in check_options(options).items() if name in SAMPLING_OPTIONS}
         merged = replace(self, **given)  # type: ignore[arg-type]
-        idle = next((name for name in ("top_k", "top_p", "min_p") if name in given), None)
+        filters = [f for f in fields(self) if f.name in ("top_k", "top_p", "min_p")]
+        idle = next((f.name for f in filters if given.get(f.name, f.default) != f.default), None)
         if merged.temperature == 0 and "temperature" not in given and idle is not None:
             raise OptionError(f"{idle} has no effect at this model's temperature of 0; give a temperature too")
         return merged

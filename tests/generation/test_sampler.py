@@ -392,3 +392,10 @@ def test_a_filter_that_greedy_sampling_would_ignore_is_refused() -> None:
     assert greedy.override({"top_p": 0.9, "temperature": 0.7}) == Sampling(0.7, 20, 0.9)
     assert greedy.override({"top_p": 0.9, "temperature": 0}).temperature == 0
     assert greedy.override({"presence_penalty": 1.0}).presence_penalty == 1.0
+
+
+def test_a_filter_that_is_off_may_be_given_to_a_greedy_model() -> None:
+    greedy = Sampling(temperature=0, top_k=20)
+    assert greedy.override({"top_p": 1, "top_k": 0, "min_p": 0}) == Sampling(temperature=0)
+    with pytest.raises(OptionError, match=r"^min_p has no effect"):
+        greedy.override({"top_p": 1, "min_p": 0.1})
