@@ -19,8 +19,8 @@ ENDING = (
 class ThinkingTracker:
     """Follows the ids of one text, which thinks at most once, at its beginning; later tags have no meaning.
 
-    prompt: the ids before the text. It may end inside an open `<think>`, as in the templates of models that always
-    think; tags in earlier turns do not count.
+    prompt: the ids before the text. Its last turn may begin the text: inside an open `<think>`, as the templates of
+    models that always think do, or with more of an answer. In a prompt without turns, only the last tag counts.
     """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
@@ -32,14 +32,21 @@ class ThinkingTracker:
         """Whether the thinking has ended, or the text began without it."""
         self.length = 0
         """Generated tokens of the thinking, without its tags."""
-        turn = tokenizer.token_id(_TURN)
-        for id in reversed(prompt):
-            if id == self._open:
-                self.is_open = True
-            elif id == self._close:
-                self.is_over = True
-            if id in (turn, self._open, self._close):
-                break
+        for id in self._begun(prompt):
+            self.push(id)
+        self.length = 0  # the prompt's tokens were not generated
+
+    def _begun(self, prompt: Sequence[int]) -> Sequence[int]:
+        """The ids at the end of a prompt that belong to the text."""
+        turn = self._tokenizer.token_id(_TURN)
+        backwards = range(len(prompt) - 1, -1, -1)
+        start = next((at for at in backwards if prompt[at] == turn), None)
+        if start is None:
+            return next((prompt[at:] for at in backwards if prompt[at] in (self._open, self._close)), ())
+        for at in range(start, len(prompt)):
+            if b"\n" in self._tokenizer.token_bytes(prompt[at]):  # after the name of the role
+                return prompt[at + 1 :]
+        return ()
 
     def push(self, id: int) -> None:
         """Take the next id of the text."""

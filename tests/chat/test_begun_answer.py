@@ -47,6 +47,23 @@ def test_a_thought_is_continued(template: str, form: str) -> None:
     assert reply.messages == [{"role": "assistant", "content": "42.", "reasoning_content": f"{THOUGHT} So 42."}]
 
 
+@pytest.mark.parametrize("template", ["hybrid", "thinking-2507", "instruct-2507", "coder", "qwen3.5"])
+@pytest.mark.parametrize("reasoning", ["", THOUGHT])
+def test_think_tags_within_the_text_begin_no_thought(template: str, reasoning: str) -> None:
+    for text in ("The tag <think> is", "Between <think> and </think> it thinks; <think>"):
+        model = Reciter(" an opening.", template=template)
+        reply = model.chat([QUESTION, {"role": "assistant", "content": text, "reasoning_content": reasoning}])
+        assert model.prompts[0].endswith(text)
+        assert (reply.reasoning, reply.text) == ("", " an opening.")
+
+
+@pytest.mark.parametrize("template", ["hybrid", "thinking-2507"])
+def test_a_thought_that_mentions_its_tag_is_continued(template: str) -> None:
+    model = Reciter(" means.</think>\n\n42.", template=template)
+    reply = model.chat([QUESTION, {"role": "assistant", "content": "", "reasoning_content": "I wonder what <think>"}])
+    assert (reply.reasoning, reply.text) == (" means.", "42.")
+
+
 def test_think_tags_in_the_content_are_a_thought() -> None:
     model = Reciter(" 42.")
     reply = model.chat([QUESTION, {"role": "assistant", "content": f"<think>\n{THOUGHT}\n</think>\n\nIt is"}])

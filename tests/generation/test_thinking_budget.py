@@ -199,3 +199,23 @@ def test_thinking_is_tracked(tokenizer: Tokenizer) -> None:
     assert (thought.is_open, thought.is_over) == (False, True)
     thought.push(THINK)
     assert (thought.is_open, thought.is_over) == (False, True)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "is_open", "is_over"),
+    [
+        (TURN, False, False),
+        (TURN + "<think>", True, False),
+        (TURN + "<think>\nHm, <think>", True, False),
+        (TURN + "<think>\n\n</think>\n\nThe tag <think>", False, True),
+        (TURN + "The tag <think>", False, True),
+        (TURN + "<think>\n<|im_end|>\n" + TURN, False, False),
+        (TURN[:-1], False, False),
+        ("A riddle. <think>", True, False),
+        ("</think>A riddle.", False, True),
+        ("A riddle.", False, False),
+    ],
+)  # fmt: skip
+def test_a_prompt_may_begin_the_thinking(tokenizer: Tokenizer, prompt: str, is_open: bool, is_over: bool) -> None:
+    thought = ThinkingTracker(tokenizer, tokenizer.encode(prompt))
+    assert (thought.is_open, thought.is_over, thought.length) == (is_open, is_over, 0)
