@@ -10,6 +10,8 @@ import pytest
 from serving import Runs
 
 import npqwen
+from npqwen.generation.completion import TokenLogprobs
+from npqwen.server.openai.logprobs import TextLogprobs
 
 RIVER = "A river is"
 
@@ -107,6 +109,21 @@ def test_logprobs_have_the_old_shape(client: openai.OpenAI, tiny_model: npqwen.M
     pieces = [chunk.choices[0].logprobs for chunk in chunks]
     assert [token for piece in pieces if piece for token in piece.tokens or []] == found.tokens
     assert [offset for piece in pieces if piece for offset in piece.text_offset or []] == found.text_offset
+
+
+def test_offsets_count_characters_that_are_split_over_tokens() -> None:
+    text = "a🎉é한x\u0301"
+    inside = [at for at, character in enumerate(text) for _ in character.encode()]
+    whole = text.encode()
+    for cuts in ([*range(len(whole))], [0, 3, 4, 9], [0, 2, 5, 6, 11], [0]):
+        pieces = [whole[start:end] for start, end in zip(cuts, [*cuts[1:], len(whole)], strict=True)]
+        tokens = [TokenLogprobs(0, piece, -1.0) for piece in pieces]
+        expected = [inside[cut] for cut in cuts]
+        assert TextLogprobs()(tokens)["text_offset"] == expected
+        chunks = TextLogprobs()
+        assert [offset for token in tokens for offset in chunks([token])["text_offset"]] == expected
+    broken = [TokenLogprobs(0, piece, -1.0) for piece in (b"\xf0", b"\xf0\x9f", b"b", b"", b"\xff", b"c")]
+    assert TextLogprobs()(broken)["text_offset"] == [0, 1, 2, 3, 3, 4]  # of "��b�c"
 
 
 def test_a_suffix_makes_a_prompt_with_the_fill_in_the_middle_tokens(

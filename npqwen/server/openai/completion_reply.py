@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from npqwen.server.json_text import SentText, server_sent
 from npqwen.server.logprobs import without_end
 from npqwen.server.openai.chat_chunks import DONE
 from npqwen.server.openai.errors import error_event
-from npqwen.server.openai.logprobs import text_logprobs
+from npqwen.server.openai.logprobs import TextLogprobs
 from npqwen.server.openai.usage import finish_reason_of, timings_of, total_usage, usage_of
 from npqwen.server.run import Completed, Progress, RunEvent, Scored
 
@@ -30,7 +31,7 @@ def completion_reply(
     n = len(completions) // len(echoes)
     choices = []
     for index, one in enumerate(completions):
-        scored = None if one.logprobs is None else text_logprobs(without_end(one.logprobs, special_ids), 0)
+        scored = None if one.logprobs is None else TextLogprobs()(without_end(one.logprobs, special_ids))
         choices.append(_choice(index, echoes[index // n] + one.text, scored, finish_reason_of(one.finish_reason)))
     timings = {"timings": timings_of(completions[0].usage)} if len(completions) == 1 else {}
     return {**head, "object": OBJECT, "choices": choices, "usage": _usage(completions, n), **timings}
@@ -63,8 +64,8 @@ class CompletionChunks:
         self._include_usage = include_usage
         self._scored: dict[int, list[TokenLogprobs]] = {}
         """By choice: log-probabilities that wait for its next chunk."""
-        self._offsets: dict[int, int] = {}
-        """By choice: number of characters of the tokens whose log-probabilities were sent."""
+        self._logprobs: defaultdict[int, TextLogprobs] = defaultdict(TextLogprobs)
+        """By choice: what writes its log-probabilities."""
         self._completed: dict[int, Completion] = {}
         self._texts: dict[int, SentText] = {}
         """By choice: chunks with text only."""
@@ -103,10 +104,7 @@ class CompletionChunks:
             return self._texts[index](text)
         scored = None
         if self._with_scores:
-            offset = self._offsets.get(index, 0)
-            tokens = without_end(self._scored.pop(index, []), self._special_ids)
-            scored = text_logprobs(tokens, offset)
-            self._offsets[index] = offset + sum(len(token.text) for token in tokens)
+            scored = self._logprobs[index](without_end(self._scored.pop(index, []), self._special_ids))
         return server_sent(self._data(_choice(index, text, scored, finish_reason)))
 
     def _data(self, choice: dict[str, Any]) -> dict[str, Any]:
