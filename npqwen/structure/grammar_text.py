@@ -52,14 +52,14 @@ def lark_text(text: str, option: str = "grammar") -> str:
 
 def literal(text: str) -> str:
     """A Lark string of exactly this text."""
-    return json.dumps(text, ensure_ascii=False)
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", r"\x7f")  # which JSON has and Lark does not
 
 
 def _plain_gbnf(text: str) -> str:
     r"""A GBNF grammar, rewritten where llguidance's converter differs from llama.cpp.
 
-    Escapes by numbers become characters; in classes, those of ASCII, and what is literal there but not in regular
-    expressions, become \xHH. "." becomes a class that has the newline, too.
+    Escapes by numbers become characters, or \xHH for ASCII. In classes, what is literal there but not in regular
+    expressions becomes \xHH. "." becomes a class that has the newline, too.
     """
 
     def replaced(found: re.Match[str]) -> str:
@@ -70,13 +70,13 @@ def _plain_gbnf(text: str) -> str:
 
     def unescaped(escape: re.Match[str]) -> str:
         code = escape[1] or escape[2] or escape[3]
-        return escape[0] if code is None else literal(chr(int(code, 16)))[1:-1]
+        return escape[0] if code is None else character(int(code, 16))
 
     def in_class(found: re.Match[str]) -> str:
-        code, character = found[1] or found[2], found[3] or found[4]
-        if not code and not character:
-            return found[0]
-        number = int(code, 16) if code else ord(character)
+        code, one = found[1] or found[2], found[3] or found[4]
+        return character(int(code, 16) if code else ord(one)) if code or one else found[0]
+
+    def character(number: int) -> str:
         return chr(number) if number > 127 else rf"\x{number:02x}"
 
     return _GBNF_PARTS.sub(replaced, text)

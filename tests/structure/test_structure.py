@@ -295,8 +295,8 @@ def test_lark_and_gbnf_are_told_apart_by_the_first_rule(text: str, expected: str
 
 
 def test_escapes_of_gbnf_are_those_of_llama_cpp() -> None:
-    grammar = 'root ::= "\\x41\\u00e9\\U0001F389\\"\\\\n" [\\x42] "\\n"'
-    assert generate(recite(""), "x", grammar=grammar).text == 'Aé🎉"\\nB\n'
+    grammar = 'root ::= "\\x41\\u00e9\\U0001F389\\"\\\\n\\x22\\u005C\\x7f\\x01" [\\x42] "\\n"'
+    assert generate(recite(""), "x", grammar=grammar).text == 'Aé🎉"\\n"\\\x7f\x01B\n'
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,9 @@ def test_characters_of_gbnf_are_those_of_llama_cpp(grammar: str, right: str, wro
         assert accepts(character, grammar=grammar) == (character in right), character
 
 
-@pytest.mark.parametrize("text", ['a"b\\c\n\t\r', "\x00\x07\u200b\u2028\U0010ffff 🎉é", "x{1}", "%json @a <b> /c/ //d"])
+@pytest.mark.parametrize(
+    "text", ['a"b\\c\n\t\r', "\x00\x07\u200b\u2028\U0010ffff 🎉é", "\x7f\\\x7f\x80", "x{1}", "%json @a <b> /c/ //d"]
+)
 def test_any_text_can_be_a_choice(text: str) -> None:
     assert literal(text)[0] == literal(text)[-1] == '"'
     assert generate(recite(""), "x", choice=[text]).text == text
