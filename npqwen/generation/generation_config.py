@@ -19,16 +19,16 @@ _TRANSFORMERS_DEFAULTS = {
     "repetition_penalty": 1.0,
     "presence_penalty": 0.0,
 }
-"""Defaults for keys that `generation_config.json` lacks; they are the sampling options it may have."""
+"""Defaults for keys that are missing or null; they are the sampling options it may have."""
 
 
 @dataclass(frozen=True)
 class GenerationConfig:
     """The ids that end a text, and the sampling that the checkpoint's authors recommend.
 
-    Missing keys of `generation_config.json` have the defaults of Hugging Face transformers: do_sample false (greedy),
-    temperature 1, top_k 50, top_p 1, min_p 0, repetition_penalty 1. If the file is missing, sampling is Qwen3's own:
-    temperature 0.6, top_k 20, top_p 0.95. max_new_tokens is not used.
+    Keys of `generation_config.json` that are missing or null have the defaults of Hugging Face transformers 5:
+    do_sample false (greedy), temperature 1, top_k 50, top_p 1, min_p 0, repetition_penalty 1. If the file is missing,
+    sampling is Qwen3's own: temperature 0.6, top_k 20, top_p 0.95. max_new_tokens is not used.
     """
 
     eos_ids: frozenset[int]
