@@ -21,6 +21,10 @@ from npqwen.wording import quoted, shortened
 
 Kept = TypeVar("Kept")
 _BLANKS = re.compile(r"\s*")
+_LONG = 1_000_000
+"""Characters of a text that are encoded first, to see whether it is too long."""
+_MERGED = 1000
+"""Tokens by which a text may have fewer than its beginning: the cut may be within one."""
 _BLANK = 9_000_000
 """The most whitespace characters in a row. With 10 million, the library panics, and prints to stderr on its own."""
 
@@ -109,8 +113,11 @@ class Tokenizer:
         found: Kept = self._kept[key]
         return found
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, limit: int | None = None) -> list[int]:
         """The ids of `text`. Special tokens that are spelled out in it are recognized; none are added.
+
+        limit: if there are more ids than that, only the first few more may be returned, as megabytes of text take
+        seconds and gigabytes of memory.
 
         Raises OptionError for anything but a string, for lone surrogates, and for text that the tokenizers library
         cannot process, such as a run of ten million spaces.
@@ -126,12 +133,24 @@ class Tokenizer:
                 f"the text cannot be tokenized: it has more than {_BLANK:,} whitespace characters in a row"
             )
         try:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            if limit is not None and len(text) > _LONG:
+                ids = self._encoded(text[:_LONG])
+                if len(ids) > limit + _MERGED:
+                    return ids
+            ids = self._encoded(text)
         except BaseException as error:
             if not _is_library_error(error):
                 raise
             raise OptionError(f"the text cannot be tokenized: {shortened(str(error), 200)}") from None
         return ids
+
+    def _encoded(self, text: str) -> list[int]:
+        if len(text) < _LONG // 10:
+            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            return ids
+        # Unlike `encode`, `encode_batch` releases the interpreter's lock.
+        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
+        return list(encoding.ids)
 
     def plain_ids(self, text: str) -> list[int]:
         """The ids of a text in which the names of special tokens are text: no such token is in the result."""

@@ -387,3 +387,17 @@ def with_added(path: Path, tokens: list[str]) -> Path:
     added = json.loads((TINY / "tokenizer.json").read_text(encoding="utf-8"))["added_tokens"]
     more = [added[0] | {"id": 4122 + n, "content": token} for n, token in enumerate(tokens)]
     return altered(path, added_tokens=added + more)
+
+
+def test_of_a_text_beyond_the_limit_only_the_beginning_is_encoded(
+    tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npqwen.tokenizer._LONG", 1000)
+    monkeypatch.setattr("npqwen.tokenizer._MERGED", 10)
+    text = "The river runs through the town. " * 100
+    whole = tokenizer.encode(text)
+    assert whole == tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
+    assert tokenizer.encode(text, len(whole)) == whole
+    part = tokenizer.encode(text, 100)
+    assert 100 < len(part) < len(whole)
+    assert part[:-10] == whole[: len(part) - 10]

@@ -74,7 +74,7 @@ def prepare(
     later = _with_calls(model, settings, options, again=True)
     options = _with_calls(model, settings, options)
     if prompts is None:
-        ids = settings.prompter(model).ids(list(messages))
+        ids = settings.prompter(model).ids(list(messages), model.context)
     else:
         ids, new = prompts(list(messages))
         notices += new

@@ -40,12 +40,14 @@ class Prompter:
         special = Names(tokenizer, tokenizer.special_ids)
         self._forbidden = {"user": special, "assistant": special, "tool": self._all}
 
-    def ids(self, messages: list[Message]) -> list[int]:
+    def ids(self, messages: list[Message], limit: int | None = None) -> list[int]:
         """The ids of the prompt for an answer to `messages`, or for the rest of the answer that they end with.
+
+        limit: if there are more, some may be left out, see `Tokenizer.encode`.
 
         Raises what `ChatTemplate.render` raises.
         """
-        return [id for piece in self._pieces(messages) for id in self._model.tokenizer.encode(piece)]
+        return [id for piece in self._pieces(messages) for id in self._model.tokenizer.encode(piece, limit)]
 
     def _pieces(self, messages: list[Message]) -> list[str]:
         """The rendered prompt, cut within each control token's name that the template did not write itself."""

@@ -15,7 +15,7 @@ from npqwen.checks import check_whole
 from npqwen.engine.cache_pages import Pages, page_part, page_shape, tile_positions
 from npqwen.engine.cache_type import PAGE_DTYPES, CacheType
 from npqwen.engine.hidden_tail import HiddenTail
-from npqwen.engine.prefix_page import MIN_PREFIX
+from npqwen.engine.prefix_page import MIN_PREFIX, Scope, scope_of
 from npqwen.engine.recurrent_states import RecurrentShape, RecurrentStates, State
 from npqwen.errors import ContextLengthError, OptionError, OutOfMemoryError
 from npqwen.format.config import Config
@@ -92,6 +92,8 @@ class KVCache:
         """By index, how many positions of a page others may share: the page is copied before one of them is written."""
         self.tail: HiddenTail | None = None
         """Receives the hidden states of passes; set by the user of a draft layer, which reads them; forks have none."""
+        self.salt = ""
+        """Only texts with the same salt share its pages, see the option `cache_salt`; forks have it, too."""
         self.cuts = 0
         """How many times tokens were discarded or replaced; while it is unchanged, tokens were only appended."""
 
@@ -112,6 +114,11 @@ class KVCache:
     def page_table(self) -> int:
         """The address of `addresses`, valid until the cache grows."""
         return self._held.table
+
+    @property
+    def scope(self) -> Scope:
+        """Which texts share its pages."""
+        return scope_of(None if self.adapter is None else self.adapter.fingerprint, self.salt)
 
     @property
     def page_count(self) -> int:

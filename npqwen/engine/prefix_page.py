@@ -25,6 +25,17 @@ def root_key(*facts: object) -> bytes:
     return hashlib.blake2b(repr(facts).encode(), digest_size=_KEY_BYTES).digest()
 
 
+Scope = tuple[object, ...]
+"""What else than its ids decides which texts share a text's pages: see `scope_of`."""
+
+
+def scope_of(fingerprint: object, salt: str) -> Scope:
+    """The scope of texts with the adapter of this fingerprint, None for none, and with a salt; "": none."""
+    if salt:
+        return fingerprint, salt
+    return () if fingerprint is None else (fingerprint,)
+
+
 def key_after(parent: bytes, ids: Ids) -> bytes:
     """The key of the tokens with the key `parent` and `ids` after them."""
     return hashlib.blake2b(parent + ids.astype("<i4").tobytes(), digest_size=_KEY_BYTES).digest()

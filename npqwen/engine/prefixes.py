@@ -5,8 +5,8 @@
 
 A page is found by the key of all tokens up to its last (prefix_page.py); the page in which two texts diverge, or one of
 them ends, by comparing tokens. Pages are shared with the caches, never copied here. A hybrid's pages have recurrent
-states, too, and its prefixes end at one. Keys depend on the adapter: a text never finds pages that were computed with
-another adapter, or with none.
+states, too, and its prefixes end at one. Keys depend on the adapter and the salt: a text never finds pages that were
+computed with another adapter, or for a text with another salt.
 """
 
 from __future__ import annotations
@@ -21,7 +21,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from npqwen.engine.prefix_page import MIN_PREFIX, Ids, PrefixPage, branch_of, common_prefix, key_after, root_key
+from npqwen.engine.prefix_page import (
+    MIN_PREFIX,
+    Ids,
+    PrefixPage,
+    Scope,
+    branch_of,
+    common_prefix,
+    key_after,
+    root_key,
+)
 from npqwen.engine.prefix_writer import PrefixWriter
 from npqwen.engine.recurrent_states import State
 from npqwen.errors import OutOfMemoryError, PrefixCacheWarning, user_stacklevel
@@ -29,7 +38,6 @@ from npqwen.format.layout import ceil_div
 from npqwen.kernels.cache_page import PAGE
 
 if TYPE_CHECKING:
-    from npqwen.engine.adapter import Adapter
     from npqwen.engine.kv_cache import KVCache
     from npqwen.engine.prefix_files import PrefixFiles
 
@@ -116,9 +124,9 @@ class Prefixes:
             pages += self._writer.waiting()
         return [array for page in pages for array in (page.array, *page.states.values())]
 
-    def find(self, ids: Ids, adapter: Adapter | None = None) -> Prefix:
-        """The longest prefix of `ids` in memory that a cache with this adapter can use; it counts as used."""
-        found = self._find(ids, self._root_of(adapter))
+    def find(self, ids: Ids, scope: Scope = ()) -> Prefix:
+        """The longest prefix of `ids` in memory that a cache of this scope can use; it counts as used."""
+        found = self._find(ids, self._root_of(scope))
         return found.up_to_state() if self._recurrent else found
 
     def _find(self, ids: Ids, root: bytes) -> Prefix:
@@ -131,9 +139,9 @@ class Prefixes:
             self._touch(pages)
             return Prefix(pages, length + more)
 
-    def fetch(self, ids: Ids, adapter: Adapter | None = None) -> Prefix:
-        """The longest prefix of `ids` with this adapter in memory and in files, whose pages are read into memory."""
-        root = self._root_of(adapter)
+    def fetch(self, ids: Ids, scope: Scope = ()) -> Prefix:
+        """The longest prefix of `ids` of this scope in memory and in files, whose pages are read into memory."""
+        root = self._root_of(scope)
         found = self._find(ids, root)
         if self._files is not None and self._limit and len(ids) - found.length >= MIN_PREFIX:
             try:
@@ -146,11 +154,11 @@ class Prefixes:
         """Extend a cache that holds a proper prefix of `ids` to the longest known prefix.
 
         Returns how many tokens it then holds. It is left as it is unless it gains at least MIN_PREFIX tokens. Only
-        prefixes computed with the cache's adapter are used.
+        prefixes of the cache's scope are used.
         """
         if not self._limit or len(ids) - cache.length < MIN_PREFIX:
             return cache.length
-        found = self.fetch(ids, cache.adapter)
+        found = self.fetch(ids, cache.scope)
         return found.load_into(cache) if found.length >= cache.length + MIN_PREFIX else cache.length
 
     def keep(self, ids: Ids, cache: KVCache) -> None:
@@ -159,7 +167,7 @@ class Prefixes:
         length = len(ids) if rest >= MIN_PREFIX else len(ids) - rest
         if not self._limit or not length:
             return
-        arrays, states, root = cache.share(length), cache.states(length), self._root_of(cache.adapter)
+        arrays, states, root = cache.share(length), cache.states(length), self._root_of(cache.scope)
         with self._lock:
             chain: list[PrefixPage] = []
             for depth, array in enumerate(arrays):
@@ -209,9 +217,9 @@ class Prefixes:
         self.clear()
         self._report()
 
-    def _root_of(self, adapter: Adapter | None) -> bytes:
-        """The key before the first token of texts with an adapter."""
-        return self._root if adapter is None else root_key(self._root, adapter.fingerprint)
+    def _root_of(self, scope: Scope) -> bytes:
+        """The key before the first token of texts of a scope."""
+        return root_key(self._root, *scope) if scope else self._root
 
     def _read(self, files: PrefixFiles, ids: Ids, found: Prefix, root: bytes) -> Prefix:
         """Extend a prefix of `ids`, found after the key `root`, by pages read from files."""

@@ -107,7 +107,7 @@ class Batch:
 
     def pieces(self, sequence: Sequence) -> Generator[str, None, None]:
         """Add a sequence; its pieces of text. Iterating them advances all sequences, and raises what ended it early."""
-        self._prefixes.fetch(np.array(sequence.decoding.prompt_ids[:-1], np.int32), sequence.adapter)
+        self._prefixes.fetch(np.array(sequence.decoding.prompt_ids[:-1], np.int32), sequence.scope)
         texts: deque[str] = deque()
         ends: list[BaseException | None] = []
         self.add(sequence, texts.append, ends.append)
@@ -203,12 +203,12 @@ class Batch:
         most = len(entry.prompt) - 1  # the last token is always run: its logits are not kept
         source: Entry | Prefix | None = None
         best = entry.sequence.length
-        found = self._prefixes.find(entry.prompt[:most], entry.sequence.adapter)
+        found = self._prefixes.find(entry.prompt[:most], entry.sequence.scope)
         if found.length >= max(MIN_PREFIX, best + 1):
             best, source = found.length, found
         coming = 0
         for other in self._running:
-            if other.sequence.adapter is not entry.sequence.adapter:
+            if other.sequence.scope != entry.sequence.scope:
                 continue
             shared = common_prefix(other.prompt, entry.prompt[:most])
             if shared == len(other.prompt) < other.sequence.length:

@@ -309,7 +309,7 @@ def check_prompt_ids(model: LanguageModel, prompt: Prompt, room: int = 1, name: 
     """
     if isinstance(prompt, bytes) or not hasattr(prompt, "__iter__"):
         raise OptionError(f"{name} is {quoted(prompt)}; give text or token ids")
-    ids = model.tokenizer.encode(prompt) if isinstance(prompt, str) else check_ids(name, prompt)
+    ids = model.tokenizer.encode(prompt, model.context) if isinstance(prompt, str) else check_ids(name, prompt)
     if not ids:
         raise OptionError(f"{name} is empty, {NO_START}")
     vocab, context = model.config.vocab_size, model.context

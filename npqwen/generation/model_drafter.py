@@ -50,9 +50,10 @@ def _alike(a: dict[str, int], b: dict[str, int]) -> bool:
 class ModelDrafter:
     """The draft model's view of one text: its own KV cache, which lags behind while nothing is drafted."""
 
-    def __init__(self, draft: DraftModel, ids: Sequence[int]) -> None:
-        """ids: the prompt's."""
+    def __init__(self, draft: DraftModel, ids: Sequence[int], salt: str = "") -> None:
+        """ids: the prompt's. salt: of its cache."""
         self.draft = draft
+        self._salt = salt
         self._ids = list(ids)
         self._cache: KVCache | None = None
         self._held: list[int] = []
@@ -89,6 +90,7 @@ class ModelDrafter:
         try:
             if self._cache is None:
                 self._cache = model.new_cache()
+                self._cache.salt = self._salt
                 known = model.prefixes.extend(np.array(self._ids[:-1], np.int32), self._cache)
                 self._held, self._agreed = self._ids[:known], known
             self._forget_rejected(self._cache)

@@ -293,6 +293,18 @@ class GenerationOptions(TypedDict, total=False):
             elsewhere=("lora", "lora_name", "lora_request", "adapter_name"),
         ),
     ]
+    cache_salt: Annotated[
+        str | None,
+        Option(
+            "Share cached prefixes only with texts of the same salt: nobody else learns from cached tokens what this "
+            "text begins with.",
+            str,
+            metavar="TEXT",
+            flag=False,
+            settable=False,
+            validate=_check_text,
+        ),
+    ]
     progress: Annotated[
         Progress | None,
         Option(

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from npqwen.checks import check_whole
+from npqwen.engine.prefix_page import Scope, scope_of
 from npqwen.errors import ContextLengthError, OptionError
 from npqwen.generation.completion import Completion, Usage
 from npqwen.generation.decoding import Decoding, Prompt, check_prompt_ids
@@ -67,6 +68,8 @@ class Sequence:
         name = given.get("adapter")
         self.adapter = None if name is None else model.adapters.find(name)
         """The LoRA adapter with which its tokens are run; None if there is none."""
+        self.salt = given.get("cache_salt") or ""
+        """The option; "" if it is left out."""
         self.max_tokens = given.get("max_tokens")
         """The option, None if it is left out."""
         room = model.context - len(prompt)
@@ -80,6 +83,7 @@ class Sequence:
                     f"adapter is {quoted(name)}, but the cache was computed with {other}; give it a cache of its own"
                 )
             self.adapter = cache.adapter
+            cache.salt = self.salt = self.salt or cache.salt
             cached = cache.reusable(cache.length if cached is None else check_whole("cached", cached, 0, cache.length))
             if cached >= len(prompt):
                 raise OptionError(
@@ -106,7 +110,7 @@ class Sequence:
         """Prompt tokens that were already in the cache and are not computed."""
         self.drafted = self.accepted = 0
         """Draft tokens that were run, and how many of them were accepted."""
-        self._speculation = speculation_for(given.get("speculation"), model.drafting, prompt)
+        self._speculation = speculation_for(given.get("speculation"), model.drafting, prompt, self.salt)
         self._draft: list[int] = []
         """Draft tokens to run after those that are certain."""
         self._ahead: list[int] = []
@@ -122,7 +126,14 @@ class Sequence:
 
     def new_cache(self, capacity: int | None = None) -> KVCache:
         """An empty cache for this text, of up to `capacity` tokens (default: the context)."""
-        return self._model.new_cache(capacity, None if self.adapter is None else self.adapter.name)
+        cache = self._model.new_cache(capacity, None if self.adapter is None else self.adapter.name)
+        cache.salt = self.salt
+        return cache
+
+    @property
+    def scope(self) -> Scope:
+        """Which texts share its keys and values."""
+        return scope_of(None if self.adapter is None else self.adapter.fingerprint, self.salt)
 
     def begin_cache(self, cache: KVCache) -> None:
         """Use this cache: have it keep checkpoints where the prompt's messages begin, and have drafting follow it."""

@@ -33,14 +33,15 @@ class Speculation:
     Drafts do not change the text: a draft token is accepted only if it equals the one that is drawn.
     """
 
-    def __init__(self, drafting: Drafting, prompt: Sequence[int], *, always: bool = False) -> None:
+    def __init__(self, drafting: Drafting, prompt: Sequence[int], *, always: bool = False, salt: str = "") -> None:
         """drafting: what all texts of the model share. always: draft wherever possible; otherwise only where the cost
-        of passes makes it worthwhile."""
+        of passes makes it worthwhile. salt: see the option `cache_salt`."""
         self._drafting = drafting
-        self._text = TextDrafter(drafting.with_answers(prompt))
+        self._salt = salt
+        self._text = TextDrafter(list(prompt) if salt else drafting.with_answers(prompt))
         self._model: ModelDrafter | LayerDrafter | None = None
         if drafting.model is not None:
-            self._model = ModelDrafter(drafting.model, prompt)
+            self._model = ModelDrafter(drafting.model, prompt, salt)
         elif drafting.layer is not None:
             self._model = LayerDrafter(drafting.layer, prompt)
         self._always = always
@@ -108,7 +109,8 @@ class Speculation:
         """End with the text, whose ids these are; keep its tokens, and a draft model's keys and values, for others."""
         self._extend(ids)
         self.stop_model()
-        self._drafting.remember(ids)
+        if not self._salt:
+            self._drafting.remember(ids)
 
     def _extend(self, ids: Sequence[int]) -> None:
         new = ids[self._read :]
@@ -174,8 +176,8 @@ class Speculation:
         return tokens * passes.seconds[certain] / (passes.seconds[certain + drafted] + spent)
 
 
-def speculation_for(wanted: bool | None, drafting: Drafting, prompt: Sequence[int]) -> Speculation | None:
-    """The speculation of a text; None if there is none. wanted: the option `speculation`."""
+def speculation_for(wanted: bool | None, drafting: Drafting, prompt: Sequence[int], salt: str) -> Speculation | None:
+    """The speculation of a text; None if there is none. wanted, salt: the options `speculation` and `cache_salt`."""
     if wanted is False or (wanted is None and drafting.passes is None):
         return None
-    return Speculation(drafting, prompt, always=wanted is True)
+    return Speculation(drafting, prompt, always=wanted is True, salt=salt)

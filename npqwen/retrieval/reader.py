@@ -95,9 +95,10 @@ class Reader:
         texts: Sequence[Ids],
         on_end: Callable[[BaseException | None], None],
         on_read: Callable[[int, int], object] | None = None,
+        salt: str = "",
     ) -> Readings:
-        """Add texts; see `Readings` for the functions, which `step` calls."""
-        readings = Readings(texts, self._model.config.hidden_size, on_end, on_read)
+        """Add texts; see `Readings` for the functions, which `step` calls, and the salt."""
+        readings = Readings(texts, self._model.config.hidden_size, on_end, on_read, salt)
         self.statistics.prompt_tokens += readings.tokens
         self._readings.append(readings)
         return readings
@@ -204,7 +205,8 @@ class Reader:
             if any(one.length < readings.common for one in caches):
                 return None
         cache = self._model.new_cache(max(map(len, readings.texts)))
-        found = self._prefixes.find(text.ids[: readings.common or -1])
+        cache.salt = readings.salt
+        found = self._prefixes.find(text.ids[: readings.common or -1], cache.scope)
         if found.length:
             found.load_into(cache)
         if readings.common:  # at a checkpoint, where a hybrid's other texts branch off

@@ -40,13 +40,15 @@ class Readings:
     """Texts that are read together, and their states.
 
     texts: token ids, none of them empty. hidden_size: of the model. on_end: called once, with the exception that ended
-    them early, or None. on_read(done, total): called after each text, with numbers of texts.
+    them early, or None. on_read(done, total): called after each text, with numbers of texts. salt: only texts with the
+    same one share prefixes.
     """
 
     texts: Sequence[Ids]
     hidden_size: int
     on_end: Callable[[BaseException | None], None]
     on_read: Callable[[int, int], object] | None = None
+    salt: str = ""
     states: NDArray[np.float32] = field(init=False)
     """(texts, hidden_size): the final norm's output of each text's last token, once it is read."""
     common: int = field(init=False)

@@ -10,15 +10,12 @@ import time
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npqwen.wording import shortened
-
-if TYPE_CHECKING:
-    from npqwen.server.run import Run
 
 _log = logging.getLogger(__name__)
 
@@ -34,15 +31,33 @@ def _new_id() -> str:
     return f"req_{secrets.token_hex(12)}"
 
 
+class Computation(Protocol):
+    """What a request has a model compute: a `Run`."""
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Including those that the template adds."""
+
+    @property
+    def progress(self) -> Callable[[], tuple[int, int]]:
+        """Returns how many tokens of the prompt were cached, and how many are generated so far."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether all its choices have ended by themselves."""
+
+
 @dataclass
 class Exchange:
     """One HTTP request and its response."""
 
     id: str = field(default_factory=_new_id)
     """By which a client and the log refer to it."""
+    owner: str = ""
+    """Whose it is, if several API keys are valid; "" otherwise."""
     model: str | None = None
     """The name of the model that answers it; None if no model was used."""
-    runs: list[Run] = field(default_factory=list)
+    computations: list[Computation] = field(default_factory=list)
     """What it had the model compute."""
     ignored: list[str] = field(default_factory=list)
     """Fields of its body that the server does not know, and so ignored."""
@@ -62,6 +77,13 @@ def request_id() -> str:
 
 current: ContextVar[Exchange | None] = ContextVar("exchange", default=None)
 """The exchange that the running code belongs to, also in tasks that its handler has started; None outside of one."""
+
+
+def cache_salt(given: str | None) -> str:
+    """The option `cache_salt` of the current HTTP request's texts: that of its body, if any, for its owner alone."""
+    exchange = current.get()
+    owner = "" if exchange is None else exchange.owner
+    return f"{owner} {given or ''}" if owner else given or ""
 
 
 def note_problem(message: str) -> None:
@@ -125,11 +147,11 @@ class Exchanges:
 def _work(exchange: Exchange) -> str:
     """The model and the tokens of a request, for the log."""
     model = "" if exchange.model is None else f" {exchange.model}"
-    if not exchange.runs:
+    if not exchange.computations:
         return model
-    prompt = sum(run.prompt_tokens for run in exchange.runs)
-    cached, generated = (sum(counts) for counts in zip(*(run.progress() for run in exchange.runs), strict=True))
-    ended = "" if all(run.complete for run in exchange.runs) else ", ended early"
+    prompt = sum(one.prompt_tokens for one in exchange.computations)
+    cached, generated = (sum(counts) for counts in zip(*(one.progress() for one in exchange.computations), strict=True))
+    ended = "" if all(one.complete for one in exchange.computations) else ", ended early"
     return f"{model}: {prompt} prompt tokens, {cached} cached; {generated} generated{ended}"
 
 

@@ -12,6 +12,7 @@ from urllib.parse import unquote
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from npqwen.server.exchange import current
 from npqwen.server.failure import Failure
 from npqwen.server.refusal import own_path, refusal
 from npqwen.server.settings import Settings, is_address
@@ -96,6 +97,9 @@ class Keys:
         matches = [key for one in given for key in self._digests if hmac.compare_digest(_digest(one), key)]
         if matches:
             scope[OWNER] = matches[0]
+            exchange = current.get()
+            if exchange is not None and len(self._digests) > 1:
+                exchange.owner = matches[0].hex()
             await self._app(scope, receive, send)
             return
         problem = "the API key is wrong" if given else "an API key is needed"

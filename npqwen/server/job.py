@@ -15,6 +15,7 @@ from npqwen.chat.messages import checked
 from npqwen.chat.prepared_answer import prepare
 from npqwen.checks import check_whole
 from npqwen.generation.sequence import Sequence
+from npqwen.server.exchange import cache_salt
 from npqwen.server.requests import ChatRequest, Request
 from npqwen.server.run import Completed, Progress, Run, Scored
 
@@ -142,11 +143,13 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
     """
     n, seed = check_whole("n", request.n, 1), request.options.get("seed")
     prompt: Prompt
+    given: dict[str, Any]
     if isinstance(request, ChatRequest):
         prepared = prepare(model, request.settings(), checked(request.messages))
         prompt, given = prepared.prompt_ids, dict(prepared.options)
     else:
-        prepared, prompt, given = None, request.prompt, dict(request.checked_options())
+        prepared, prompt, given = None, request.prompt, {**request.checked_options()}
+    given["cache_salt"] = cache_salt(given.get("cache_salt"))
     choices: list[Choice] = []
     for index in range(n):
         choice = Choice(index)
@@ -159,5 +162,5 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
         choices.append(choice)
     # Here rather than in the engine's thread: reading files would stall other sequences.
     first = choices[0].sequence
-    model.prefixes.fetch(np.array(first.decoding.prompt_ids[:-1], np.int32), first.adapter)
+    model.prefixes.fetch(np.array(first.decoding.prompt_ids[:-1], np.int32), first.scope)
     return choices

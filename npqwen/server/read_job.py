@@ -18,8 +18,9 @@ if TYPE_CHECKING:
 class ReadJob:
     """The texts of a request; everything happens in the engine's thread."""
 
-    def __init__(self, texts: list[Ids], reader: Reader, post: Post) -> None:
-        """post(run, item): hands an event, or the exception that ends the run, to the run's event loop."""
+    def __init__(self, texts: list[Ids], reader: Reader, post: Post, salt: str = "") -> None:
+        """post(run, item): hands an event, or the exception that ends the run, to the run's event loop. salt: see
+        `Readings`."""
         self.run: Run
         self.admitted = False
         """Whether it is a part of a request of which another part has been started."""
@@ -28,12 +29,13 @@ class ReadJob:
         self._texts = texts
         self._reader = reader
         self._post = post
+        self._salt = salt
         self._arrived = time.monotonic()
         self._readings: Readings | None = None
 
     def join(self) -> None:
         """Add the texts to the reader."""
-        self._readings = self._reader.add(self._texts, self._ended)
+        self._readings = self._reader.add(self._texts, self._ended, salt=self._salt)
 
     def leave(self) -> None:
         """Remove the texts from the reader."""

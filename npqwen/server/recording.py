@@ -48,16 +48,14 @@ class Recordings:
     def __init__(self) -> None:
         self._all: dict[str, Recording] = {}
 
-    def open(self) -> Recording:
-        """A new recording. If `COUNT` are kept, evicts one that has ended and has no client; else QueueFullError."""
+    def keep(self, recording: Recording) -> None:
+        """Keep a recording. If `COUNT` are kept, evicts one that has ended and has no client; else QueueFullError."""
         if len(self._all) >= COUNT:
             idle = next((one for one in self._all.values() if one.ended and not one.followed), None)
             if idle is None:
                 raise QueueFullError(f"{COUNT} resumable streams are running; try again later", retry_after=10)
             self.forget(idle)
-        recording = Recording(self)
         self._all[recording.id] = recording
-        return recording
 
     def find(self, id: str, owner: bytes | None) -> Recording | None:
         """The stream of this id, if it was started with the API key `owner`."""

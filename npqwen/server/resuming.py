@@ -14,9 +14,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from npqwen.checks import whole_range
-from npqwen.errors import QueueFullError
 from npqwen.server.exchange import current
-from npqwen.server.failure import Failure, failure_of
+from npqwen.server.failure import Failure
 from npqwen.server.fields import FieldError
 from npqwen.server.guard import OWNER
 from npqwen.server.recording import EventsGoneError, Follower, Recording, Recordings
@@ -54,12 +53,8 @@ class Resumable:
             failure = Failure(400, f"the header X-Resumable is {quoted(wanted)}; it must be true or false")
             await refusal(scope, failure)(scope, receive, send)
             return
-        try:
-            recording = self._recordings.open()
-        except QueueFullError as error:
-            await refusal(scope, failure_of(error))(scope, receive, send)
-            return
-        recorded = _Recorded(recording, scope, receive, send)
+        recording = Recording(self._recordings)
+        recorded = _Recorded(self._recordings, recording, scope, receive, send)
         running = asyncio.ensure_future(self._app(scope, recorded.receive, recorded.send))
         if (exchange := current.get()) is not None:
             exchange.rest = running
@@ -76,7 +71,10 @@ class Resumable:
 class _Recorded:
     """A request that is being recorded, and the connection that it arrived on."""
 
-    def __init__(self, recording: Recording, scope: Scope, receive: Receive, send: Send) -> None:
+    def __init__(
+        self, recordings: Recordings, recording: Recording, scope: Scope, receive: Receive, send: Send
+    ) -> None:
+        self._recordings = recordings
         self._recording = recording
         self._scope = scope
         self._client_receive = receive
@@ -103,11 +101,16 @@ class _Recorded:
             await Follow(recording, self._follower)(self._scope, self._client_receive, self._client_send)
 
     async def receive(self) -> Message:
-        """The application's `receive`: the client's messages up to the body's end, then the final disconnect."""
+        """The application's `receive`: the client's messages up to the body's end, then the final disconnect.
+
+        Raises QueueFullError at the body's end if there are too many streams: a body that never comes takes no place.
+        """
         if not self._body_read.is_set():
             message = await self._client_receive()
             if message["type"] == "http.disconnect" or not message.get("more_body"):
                 self._body_read.set()
+                if message["type"] == "http.request":
+                    self._recordings.keep(self._recording)
             return message
         await self._recording.gone.wait()
         return {"type": "http.disconnect"}

@@ -83,7 +83,7 @@ class Run:
         self._left = choices
         exchange = current.get()
         if exchange is not None:
-            exchange.runs.append(self)
+            exchange.computations.append(self)
 
     @property
     def complete(self) -> bool:

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING
 
 from npqwen.checks import check_whole
 from npqwen.engine.budget import RESERVED
+from npqwen.engine.prefix_page import scope_of
 from npqwen.errors import ClosedError, QueueFullError
 from npqwen.format.task import check_task
 from npqwen.generation.batch import PARALLEL, Batch
 from npqwen.hardware.machine import available_memory
 from npqwen.retrieval.reader import Reader
+from npqwen.server.exchange import cache_salt
 from npqwen.server.job import Job, prepare_choices
 from npqwen.server.read_job import ReadJob
 from npqwen.server.requests import ReadRequest, Request
@@ -135,11 +137,11 @@ class Worker:
     def _prepare(self, request: Request | ReadRequest) -> tuple[Job | ReadJob, int, int]:
         """A request's job, its number of choices, and the number of tokens of its prompt or texts."""
         if isinstance(request, ReadRequest):
-            texts = request.texts(self.model)
+            texts, salt = request.texts(self.model), cache_salt(None)
             if texts:  # here rather than in the engine's thread: reading files would stall other requests
-                self.model.prefixes.fetch(texts[0][:-1])
+                self.model.prefixes.fetch(texts[0][:-1], scope_of(None, salt))
             assert isinstance(self._driver, Reader)  # for a language model, `request.texts` has raised
-            return ReadJob(texts, self._driver, self._post), 1, sum(map(len, texts))
+            return ReadJob(texts, self._driver, self._post, salt), 1, sum(map(len, texts))
         check_task(self.model.name, self.model.task, "text")
         assert isinstance(self._driver, Batch)
         choices = prepare_choices(self.model, request)

@@ -18,7 +18,7 @@ from npqwen.terminal.settings import NAMES
 
 OTHERS = {
     "max_tokens", "stop", "logprobs", "top_logprobs", "logits_processor", "thinking_budget", "loop_guard", "progress",
-    "watch", "schema", "regex", "choice", "grammar", "speculation", "adapter",
+    "watch", "schema", "regex", "choice", "grammar", "speculation", "adapter", "cache_salt",
 }  # fmt: skip
 
 

@@ -209,6 +209,34 @@ def test_pages_in_memory_make_room_for_pages_of_files(
         assert model.prefixes.fetch(ids).length > len(ids) // 2
 
 
+def test_texts_share_prefixes_with_those_of_the_same_salt_only(tiny: Callable[[int], Path], tmp_path: Path) -> None:
+    def cached(model: Model, **options: Any) -> int:
+        return int(model.generate(WORDS * 20, max_tokens=2, **options).usage.cached_tokens)
+
+    for start in (False, True):  # the second time, they are in files
+        with load(tiny(4), threads=1, prefix_cache=tmp_path) as model:
+            assert (cached(model) > 0) is start
+            assert (cached(model, cache_salt="a") > 0) is start
+            assert (cached(model, cache_salt="b") > 0) is start
+            assert min(cached(model), cached(model, cache_salt="a"), cached(model, cache_salt="b")) > 0
+    with load(tiny(4), threads=1) as model:
+        batch = Batch(model)
+        sequences = [Sequence(model, WORDS * 20, max_tokens=30, cache_salt=salt) for salt in ("", "a", "b", "a", "")]
+        for sequence in sequences:
+            batch.add(sequence, lambda text: None, lambda error: None)
+        while batch.step():
+            pass
+        assert [sequence.cached > 0 for sequence in sequences] == [False, False, False, True, True]
+
+
+def test_nothing_is_drafted_from_texts_with_a_salt(tiny: Callable[[int], Path]) -> None:
+    with load(tiny(4), threads=1) as model:
+        model.generate("A long one", max_tokens=40, seed=1, cache_salt="a", speculation=True)
+        assert model.drafting.with_answers([]) == []
+        model.generate("A long one", max_tokens=40, seed=1, speculation=True)
+        assert model.drafting.with_answers([]) != []
+
+
 def test_a_model_that_recites_finds_prefixes_too() -> None:
     model = recite("One two three")
     assert model.prefixes.nbytes == 0

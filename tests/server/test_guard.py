@@ -54,6 +54,19 @@ def test_without_a_right_key_nothing_is_told(path: str, header: dict[str, str], 
     assert "API key" in str(reply.json)
 
 
+def test_a_key_learns_nothing_from_the_prompts_of_another(locked: Starlette) -> None:
+    def cached(key: str, **fields: str) -> int:
+        body = {"prompt": "PIN 673005 of the account, which is secret and must stay so.", "max_tokens": 1, **fields}
+        reply = call(locked, "POST", "/v1/completions", {"authorization": f"Bearer {key}"}, json.dumps(body).encode())
+        return int(reply.json["usage"]["prompt_tokens_details"]["cached_tokens"])
+
+    assert cached(KEY) == 0
+    assert cached(KEY) > 16
+    assert cached(OTHER) == 0
+    assert cached(OTHER) > 16
+    assert cached(OTHER, cache_salt="a") == 0
+
+
 @pytest.mark.parametrize("key", [KEY, OTHER])
 def test_each_key_is_enough_in_either_header(key: str, locked: Starlette) -> None:
     assert call(locked, "GET", "/v1/models", {"authorization": f"Bearer {key}"}).status == 200

@@ -24,7 +24,7 @@ def run(test: Callable[[Recording, Follower], Coroutine[Any, Any, None]]) -> Non
     """Run a test of a recording that has begun, and its first follower."""
 
     async def main() -> None:
-        one = Recordings().open()
+        one = Recording(Recordings())
         follower = one.begin(HEADERS, None)
         assert follower is not None
         await asyncio.wait_for(test(one, follower), 20)
@@ -106,7 +106,7 @@ def test_without_a_follower_pieces_come_slowly_until_there_is_one(monkeypatch: p
 
 def test_only_streams_are_recorded_and_only_their_own_headers() -> None:
     async def main() -> None:
-        one = Recordings().open()
+        one = Recording(Recordings())
         assert one.begin([(b"content-type", b"application/json")], None) is None
         assert one.begin(HEADERS, None) is not None
         assert one.headers == [HEADERS[0], (b"x-stream-id", one.id.encode())]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -351,6 +352,20 @@ def test_only_so_many_streams_are_kept(
         assert "retry-after" in response.headers
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=HELLO) as response:
             assert response.status_code == 200
+
+
+def test_a_request_without_its_body_takes_no_place_of_a_stream(
+    scripted: tuple[ScriptedModels, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recording, "COUNT", 1)
+    _, url = scripted
+    host, _, port = url.removeprefix("http://").partition(":")
+    with socket.create_connection((host, int(port))) as silent:
+        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nX-Resumable: true\r\nContent-Length: 100\r\n\r\n"
+        silent.sendall(head.encode())
+        time.sleep(0.2)  # until the server has them
+        with begun(url):
+            pass
 
 
 def test_the_openai_package_reads_a_resumable_stream(server: str) -> None:

@@ -84,6 +84,7 @@ def generation_options(fields: Fields) -> tuple[dict[str, Any], dict[str, str]]:
     seed = fields.whole("seed", -_SEEDS, 2 * _SEEDS - 1)
     options["seed"] = None if seed is None or seed == -1 else seed % (2 * _SEEDS)
     options["stop"] = fields.stops("stop")
+    options["cache_salt"] = fields.text("cache_salt")
     options["logit_bias"] = _biases(fields)
     structure = _structure(fields)
     if structure is not None:
