@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute
 
-from npqwen.errors import NpqwenError
+from npqwen.errors import NpqwenError, OptionError
 from npqwen.server import anthropic, front, model_list, monitoring, ollama, openai, rerank, resuming, text_routes
 from npqwen.server.exchange import HEADER, SCOPE_ID, Exchanges
 from npqwen.server.failure import Failure, failure_of
@@ -26,7 +26,7 @@ from npqwen.server.refusal import own_path, refusal
 from npqwen.server.resuming import Resumable
 from npqwen.server.settings import Settings
 from npqwen.server.streaming import ClientGoneError
-from npqwen.wording import shortened
+from npqwen.wording import quoted, shortened
 
 if TYPE_CHECKING:
     from npqwen.model import Model
@@ -44,8 +44,11 @@ def app(*models: Model | Offer, **settings: Any) -> Starlette:
     `npqwen.server.settings.Settings`, such as api_keys, hosts and origins.
 
     Its lifespan closes the models that it has loaded; a mounted application has no lifespan, so its owner awaits
-    `application.state.models.close()`. Raises OptionError for invalid settings.
+    `application.state.models.close()`. Raises OptionError for invalid settings, and for anything but models and offers.
     """
+    for model in models:
+        if not hasattr(model, "path"):
+            raise OptionError(f"{quoted(model)} is not a model; give npqwen.load(...) or npqwen.server.Offer.of(...)")
     chosen = Settings.of(settings)
     return application(Models(*models, settings=chosen), chosen)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +74,7 @@ class Offer:
     @classmethod
     def of(
         cls,
-        path: Path,
+        path: str | os.PathLike[str],
         name: str,
         *,
         threads: int | None = None,
@@ -89,6 +90,7 @@ class Offer:
         """
         from npqwen.model import load
 
+        path = Path(path)
         config = with_yarn(Config.from_directory(path), yarn)
 
         def load_it() -> Model:

@@ -6,6 +6,8 @@ import hmac
 import json
 import socket
 import time
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -17,7 +19,7 @@ from starlette.routing import Mount
 
 import npqwen
 from npqwen.errors import OptionError
-from npqwen.server import app, connection, guard
+from npqwen.server import Offer, app, connection, guard
 from npqwen.server.guard import climbs
 
 KEY, OTHER = "sk-1", "sk-2"
@@ -39,6 +41,12 @@ def test_browsers_get_the_page_and_ollamas_clients_their_sentence(open_app: Star
     client = call(open_app, "GET", "/", {"accept": "*/*"})
     assert (client.status, client.body, client.headers["vary"]) == (200, b"Ollama is running", "Accept")
     assert call(open_app, "HEAD", "/").status == 200
+
+
+def test_only_models_and_offers_are_served(tiny: Callable[[int], Path]) -> None:
+    with pytest.raises(OptionError, match=r"'tiny' is not a model; give npqwen\.load"):
+        app("tiny")  # type: ignore[arg-type]
+    assert Offer.of(str(tiny(4)), "named").name == "named"
 
 
 # --- keys ---
