@@ -59,10 +59,7 @@ class Guard:
             return Failure(403, f"the host {quoted(host)} is not this server's; {hint}", "forbidden_host")
         origin = headers.get("origin")
         if origin is not None and not self._allows(origin, host):
-            text = shortened(origin, 200)
-            return Failure(
-                403, f"pages of {text} may not call this server; start it with --cors {text}", "forbidden_origin"
-            )
+            return Failure(403, _foreign(origin), "forbidden_origin")
         return None
 
     def _is_own(self, host: str) -> bool:
@@ -180,6 +177,14 @@ def climbs(path: str) -> bool:
 def _is_public(scope: Scope) -> bool:
     path = own_path(scope)
     return path in PUBLIC or path.startswith(PUBLIC_BELOW)
+
+
+def _foreign(origin: str) -> str:
+    """Why pages of an origin may not call the server, and how they could."""
+    if origin.lower() == "null":  # of every file and sandboxed frame, which one setting would all let in
+        return "pages without an origin, such as files, may not call this server; open the page from a web server"
+    text = shortened(origin, 200)
+    return f"pages of {text} may not call this server; start it with --cors {text}"
 
 
 def _without_port(host: str) -> str:
