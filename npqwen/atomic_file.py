@@ -37,10 +37,7 @@ def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterato
     OutputError if `path` is a directory or a device or its directory is missing, and for every OSError within.
     """
     with writing(path):
-        if path.is_dir():
-            raise OutputError(f"{path} is a directory; give the name of a file")
-        if path.exists() and not path.is_file():
-            raise OutputError(f"{path} is not a regular file; give the name of a file")
+        check_regular(path)
         target = Path(os.path.realpath(path))
         check_parent(target if path.is_symlink() else path)
         remove_abandoned(target.parent, target.name)
@@ -60,6 +57,14 @@ def new_file(path: Path, *, private: bool = False, sync: bool = True) -> Iterato
             raise
         if sync:
             sync_directory(target.parent)
+
+
+def check_regular(path: Path) -> None:
+    """Raise OutputError for a path that exists and is a directory, a device, a pipe or a socket."""
+    if path.is_dir():
+        raise OutputError(f"{path} is a directory; give the name of a file")
+    if path.exists() and not path.is_file():
+        raise OutputError(f"{path} is not a regular file; give the name of a file")
 
 
 def check_parent(path: Path) -> None:

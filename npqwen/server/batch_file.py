@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from npqwen.atomic_file import check_parent, new_file, writing
+from npqwen.atomic_file import check_parent, check_regular, new_file, writing
 from npqwen.errors import OptionError
 from npqwen.file_lock import try_lock
 from npqwen.server.fields import FieldError, parse_fields
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 
 ENDPOINTS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses")
 LINE_LIMIT = 32_000_000
-"""Most bytes of a line: a request that fills a context of 262,144 tokens has a few million."""
+"""Most bytes of a line, unless `BatchOutput` wrote it: a request that fills a context of 262,144 tokens has a few
+million."""
 
 _FIRST = b'{"id":"batch_req_'
 _BEGINNING = re.compile(_FIRST + rb'[0-9a-f]+","custom_id":("(?:[^"\\]|\\.)*"),')
@@ -123,7 +124,7 @@ class BatchOutput:
 
     def __init__(self, path: Path, requests: BatchInput) -> None:
         """Raises OptionError for the file of requests itself, and for a file that has anything but answers to these
-        requests or that another process is writing; OutputError if it cannot be written."""
+        requests or that another process is writing; OutputError if it cannot be written or is not a regular file."""
         self._path = path
         self.answered: set[str] = set()
         self._places: dict[str, tuple[int, int]] = {}  # offset and length of each request's last answer
@@ -133,6 +134,7 @@ class BatchOutput:
             if not self._is_new and path.samefile(requests.path):
                 raise OptionError(f"INPUT and OUTPUT are the same file, {path}; choose another file for the answers")
             check_parent(path)
+            check_regular(path)
             self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115
         try:
             with writing(path):
@@ -147,21 +149,32 @@ class BatchOutput:
     def _read(self, known: set[str]) -> int:
         """Note which requests are answered; returns the offset after the last answer."""
         end = 0
-        for line in self._file:
+        while line := self._next():
             custom_id, failed = _answered(line)
             if custom_id in known:
                 self._note(custom_id, end, len(line))
                 (self.answered.discard if failed else self.answered.add)(custom_id)
             elif line.endswith(b"\n") or not _was_cut(line, known, alone=not end):
-                found = shortened(line.decode(errors="replace").strip())
-                raise OptionError(
-                    f"{self._path} exists, and this line of it answers none of these requests: {found}; choose "
-                    "another file"
-                )
+                raise self._foreign(line)
             else:
                 break
             end += len(line)
         return end
+
+    def _next(self) -> bytes:
+        """The next line; OptionError for a long one that is not ours, such as the whole of a large file."""
+        line = self._file.readline(LINE_LIMIT)
+        if len(line) == LINE_LIMIT and not line.endswith(b"\n"):
+            if not _BEGINNING.match(line):
+                raise self._foreign(line)
+            line += self._file.readline()
+        return line
+
+    def _foreign(self, line: bytes) -> OptionError:
+        found = shortened(line[:1000].decode(errors="replace").strip())
+        return OptionError(
+            f"{self._path} exists, and this line of it answers none of these requests: {found}; choose another file"
+        )
 
     def write(self, answer: dict[str, Any]) -> None:
         """Append one answer; OutputError if it cannot be written, as when the disk is full."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -288,8 +289,45 @@ def test_files_that_cannot_be_used(run: Run, model: Path, tmp_path: Path) -> Non
     refused = run("batch", given, missing / "out", *of, status=2)[1]
     assert f"the directory {missing} does not exist; create it" in refused
     assert not missing.exists()
-    assert "Is a directory" in run("batch", given, tmp_path, "--model", model, status=2)[1]
+    assert f"{tmp_path} is a directory" in run("batch", given, tmp_path, "--model", model, status=2)[1]
     assert "parallel is 0" in run("batch", given, tmp_path / "out", "--parallel", 0, "--model", model, status=2)[1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such device")
+def test_answers_are_not_read_from_a_device(run: Run, model: Path, tmp_path: Path) -> None:
+    given = write(tmp_path / "in.jsonl", [request(0)])
+    _, err = run("batch", given, "/dev/full", "--model", model, status=2)
+    assert "/dev/full is not a regular file; give the name of a file" in err
+    assert err.count("\n") == 1
+
+
+def test_of_a_large_file_that_is_no_answer_only_the_beginning_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("npqwen.server.batch_file.LINE_LIMIT", 1000)
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0)])), tmp_path / "out.jsonl"
+    out.write_bytes(b'{"custom_id": "request 0", "x": "' + bytes(5_000_000))
+    tracemalloc.start()
+    try:
+        with pytest.raises(OptionError, match=r"this line of it answers none of these requests: .*request 0"):
+            BatchOutput(out, requests)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+    assert out.stat().st_size > 5_000_000
+
+
+def test_an_answer_of_ours_may_be_longer_than_a_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("npqwen.server.batch_file.LINE_LIMIT", 1000)
+    requests, out = BatchInput(write(tmp_path / "in.jsonl", [request(0), request(1)])), tmp_path / "out.jsonl"
+    long = {**answer(0), "id": "batch_req_0f", "response": {"status_code": 200, "body": {"a": "x" * 3000}}}
+    with BatchOutput(out, requests) as output:
+        output.write(long)
+    out.write_bytes(out.read_bytes() + out.read_bytes().replace(b"request 0", b"request 1")[:2000])
+    with BatchOutput(out, requests) as output:
+        assert output.answered == {"request 0"}
+        output.write(answer(1))
+    assert answers(out) == [long, answer(1)]
 
 
 class WindowsLocks:
