@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import click
 
+from npqwen.atomic_file import writing
 from npqwen.commands.loading import (
     Loading,
     adapter_option,
@@ -55,8 +58,8 @@ def batch(
 
     INPUT has one JSON object a line: {"custom_id": "1", "method": "POST", "url": "/v1/chat/completions", "body":
     {"model": ..., "messages": [...]}}. Run again, after an interruption or errors, the command answers what OUTPUT
-    lacks, and tries again what failed. INPUT may be - for stdin, OUTPUT - for stdout. Exit status 1: the answers of
-    some requests are errors.
+    lacks, and tries again what failed. INPUT may be a pipe, or - for stdin, OUTPUT - for stdout. Exit status 1: the
+    answers of some requests are errors.
     """
     check_server()
     from npqwen.hub.names import model_name
@@ -99,17 +102,32 @@ def batch(
 
 @contextlib.contextmanager
 def _read(requests: str, terminal: Terminal) -> Iterator[BatchInput]:
-    """INPUT. Requests from stdin are kept in a temporary file, as each is read again when it is answered."""
+    """INPUT. Requests from stdin or a pipe are kept in a temporary file: each is read again when it is answered."""
     from npqwen.server.batch_file import BatchInput
 
-    if requests != STANDARD:
-        yield BatchInput(Path(requests))
-        return
-    text = stdin_text(terminal, keyboard_notice("the requests"))
-    with tempfile.TemporaryDirectory(prefix="npqwen-") as directory:
-        path = Path(directory, "requests.jsonl")
-        path.write_bytes(text.encode())
-        yield BatchInput(path, "stdin")
+    path = Path(requests)
+    with contextlib.ExitStack() as closing:
+        if requests == STANDARD:
+            piped: BinaryIO | None = io.BytesIO(stdin_text(terminal, keyboard_notice("the requests")).encode())
+        else:
+            piped = _pipe(path)
+        if piped is not None:
+            path = Path(closing.enter_context(tempfile.TemporaryDirectory(prefix="npqwen-")), "requests.jsonl")
+            with piped, writing(path), open(path, "wb") as kept:
+                shutil.copyfileobj(piped, kept)
+        yield BatchInput(path, "stdin" if requests == STANDARD else requests)
+
+
+def _pipe(path: Path) -> BinaryIO | None:
+    """An open pipe; None for a file, and for what cannot be opened."""
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except OSError:
+        return None
+    if not file.seekable():
+        return file
+    file.close()
+    return None
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ import sys
 import time
 import tracemalloc
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -161,6 +162,17 @@ def test_requests_come_from_stdin_and_answers_go_to_stdout(
     stdin(monkeypatch, b"{}\n")
     assert "stdin, line 1 has no custom_id" in run("batch", "-", "-", "--model", model, status=2)[1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no named pipes in directories")
+def test_requests_come_from_a_pipe(run: Run, model: Path, tmp_path: Path) -> None:
+    pipe, text = tmp_path / "pipe", json.dumps(request(0)).encode() + b"\n"
+    os.mkfifo(pipe)
+    for data, status, message in ((text, 0, "1 answered"), (b"{}\n", 2, f"{pipe}, line 1 has no custom_id")):
+        with ThreadPoolExecutor(1) as writer:
+            writer.submit(pipe.write_bytes, data)
+            assert message in run("batch", pipe, tmp_path / "out.jsonl", "--model", model, status=status)[1]
+    assert [one["custom_id"] for one in answers(tmp_path / "out.jsonl")] == ["request 0"]
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGKILL")
