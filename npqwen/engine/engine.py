@@ -86,7 +86,7 @@ class Engine:
         exceeds_memory = available is not None and weights.nbytes > 0.9 * available
         if not exceeds_memory:
             weights.advise_huge_pages()
-        weights.check_codebooks()
+        weights.check_values()
         self._kv = chosen or weights.cache_type
         self._weight_bytes = weights.nbytes
         weights.model[0]["prefetch"] = prefetch_policy(weights.paths, exceeds_memory)

@@ -187,11 +187,16 @@ class Weights(_Records):
         for mapping in self._mappings.values():
             advise_huge_pages(mapping)
 
-    def check_codebooks(self) -> None:
-        """Raise FormatError unless all codebooks are as kernels expect: values in range, and repeated.
+    def check_values(self) -> None:
+        """Raise FormatError unless all codebooks are as kernels expect, values in range and repeated, and all vectors
+        are finite: attention would hide a NaN in one, and the text would be nonsense without an error.
 
-        This reads a memory page per codebook, plus the system's readahead.
+        This reads the vectors, which are a thousandth of a model, and a memory page per codebook, plus the system's
+        readahead.
         """
+        for name, tensor in self.tensors.items():
+            if tensor.dtype == "F32" and not np.isfinite(tensor.data.view(np.float32)).all():
+                raise FormatError(f"{tensor.path}: tensor {shortened(name)} has NaN or infinity; {AGAIN}")
         for name, encoding in self.quantization.encodings.items():
             if not encoding.codebook:
                 continue

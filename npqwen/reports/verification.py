@@ -121,7 +121,7 @@ def _verify(directory: Path, progress: Progress | None, *, read_weights: bool) -
     if not damage:
         try:
             weights = Weights(directory, Config.from_directory(directory))
-            weights.check_codebooks()
+            weights.check_values()
             weights.close()
         except (FormatError, CheckpointError) as error:
             damage.append(Damage("config.json", None, f"and the weights do not fit together: {error}"))

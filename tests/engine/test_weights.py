@@ -115,7 +115,7 @@ def test_extra_tensors_and_metadata_do_no_harm(model: Path) -> None:
 def refused(directory: Path, message: str) -> None:
     """Assert that Weights and load() both refuse a directory, in one line that matches."""
     with pytest.raises((FormatError, CheckpointError), match=message) as error:
-        Weights(directory, Config.from_directory(directory)).check_codebooks()
+        Weights(directory, Config.from_directory(directory)).check_values()
     assert "\n" not in str(error.value)
     with pytest.raises(type(error.value), match=message):
         load(directory)
@@ -209,6 +209,10 @@ WRONG: dict[str, tuple[dict[str, np.ndarray | None], str]] = {
     "a codebook of large values": ({CODEBOOK: np.full(64, 64, np.uint8)}, rf"{CODEBOOK} is not 16 values below 64"),
     "a vector as bytes": ({NORM: np.zeros(320, np.uint8)}, f"tensor {NORM} is U8"),
     "a longer vector": ({NORM: np.zeros(96, np.float32)}, f"tensor {NORM} is F32"),
+    "a vector with NaN": (
+        {NORM: np.array([np.nan, *[1] * 79], np.float32)},
+        f"tensor {NORM} has NaN or infinity; copy or convert it again",
+    ),
     "foreign dtype": (
         {NORM: np.zeros(80, np.float16)},
         f"tensor {NORM} has dtype F16, but the format has only F32 and U8",

@@ -192,7 +192,7 @@ def test_advice_on_pages_comes_before_the_first_weight_is_read(tmp_path: Path, m
     path = small_model(tmp_path / "model", 4)
     events: list[str] = []
     monkeypatch.setattr(Weights, "advise_huge_pages", lambda _: events.append("advice"))
-    monkeypatch.setattr(Weights, "check_codebooks", lambda _: events.append("read"))
+    monkeypatch.setattr(Weights, "check_values", lambda _: events.append("read"))
     with Model(path, threads=1):
         assert events == ["advice", "read"]
 
