@@ -29,6 +29,9 @@ from npqwen.simd.llvm import CACHE_LINE
 from npqwen.wording import shortened, size
 
 Floats = NDArray[np.float32]
+LARGEST = 1e6
+"""Most that an element of a factor, or of the product of two, may come to. Those of trained ones are below 1e3; from
+about 1e7, sums of squares in a forward pass overflow, and the text is nonsense without an error."""
 _KEPT = 4
 """Tensors in memory while factors are read: experts take turns at those that have the factors of all."""
 _LAYER = (
@@ -178,10 +181,7 @@ class Adapter:
             """values: (groups of 16 rows, columns, 16)."""
             nonlocal end
             start, end = end, end + pad(2 * values.size, CACHE_LINE)
-            halves = narrow(values).ravel()
-            if (halves & 0x7FFF == 0x7F80).any():
-                raise CheckpointError(f"{self.directory} has values beyond the range of bf16; the adapter is broken")
-            self._memory[start : start + 2 * values.size].view(np.uint16)[:] = halves
+            self._memory[start : start + 2 * values.size].view(np.uint16)[:] = narrow(values).ravel()
             return self._memory.ctypes.data + start
 
         stacked = np.zeros((pad(_ranks(each.targets), UNIT_ROWS), each.columns), np.float32)
@@ -197,8 +197,13 @@ class Adapter:
         for (factors, chosen), expand in zip(each.targets, each.expands, strict=True):
             with np.errstate(over="ignore", invalid="ignore"):
                 b = factors.b.of(read(factors.b.stored)) * np.float32(factors.scale)
-            if not np.isfinite(b).all():
-                raise CheckpointError(f"{self.directory} has a scale of {factors.scale:g}, with which factors overflow")
+            first = places[factors.a]
+            product = factors.rank * _largest(stacked[first : first + factors.rank]) * _largest(b)
+            if not product <= LARGEST:  # also NaN
+                raise CheckpointError(
+                    f"{self.directory} has factors that multiply to about {product:.0e} at its scale of "
+                    f"{factors.scale:g}; the adapter is broken, or the scale too large"
+                )
             b = b if chosen is None else b[chosen.all]
             rows = np.zeros((pad(len(b), UNIT_ROWS), factors.rank), np.float32)
             rows[: len(b)] = b
@@ -281,6 +286,11 @@ def _bytes(each: _Input) -> int:
         rows = factors.b.shape[0] if chosen is None else chosen.count
         sizes.append(pad(rows, UNIT_ROWS) * factors.rank)
     return sum(pad(2 * size, CACHE_LINE) for size in sizes)
+
+
+def _largest(factor: Floats) -> float:
+    """The largest magnitude in a factor; 1 for smaller ones. NaN if it has NaN."""
+    return float(np.maximum(1, np.abs(factor).max()))
 
 
 def _grouped(matrix: Floats) -> Floats:

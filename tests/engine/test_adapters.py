@@ -155,7 +155,12 @@ def test_memory_for_adapters_is_checked(
         ({B: None}, "only one of the two factors"),
         ({B: np.zeros((500, 3), np.float32)}, "with shape [500, 256], but the model's is [512, 256]"),
         ({B: np.full((512, 3), np.nan, np.float32)}, "holds NaN or infinity; the adapter is broken"),
-        ({B: np.full((512, 3), 3e38, np.float32)}, "with which factors overflow"),
+        ({B: np.full((512, 3), 3e38, np.float32)}, "multiply to about inf at its scale of 1.66667; the"),
+        (
+            {B: np.full((512, 3), 1e30, np.float32), B.replace("_B", "_A"): np.full((3, 256), 1e30, np.float32)},
+            "has factors that multiply to about 5e+60",
+        ),
+        ({B.replace("_B", "_A"): np.full((3, 256), 1e7, np.float32)}, "or the scale too large"),
         ({B: np.zeros((512, 3), np.int8)}, "is stored as I8"),
         (
             {
