@@ -27,12 +27,20 @@ class Connection(AutoHTTPProtocol):  # type: ignore[misc,valid-type]
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self._late: asyncio.TimerHandle | None = None
+        self._heard = 0.0  # when the client last sent something, in the loop's time
+
+    @property
+    def idle_since(self) -> float | None:
+        """When its client last sent something, in the loop's time; None during an answer, and once it is closing."""
+        return None if self._is_answering or self.transport.is_closing() else self._heard
 
     def connection_made(self, transport: Any) -> None:
+        self._heard = self.loop.time()
         super().connection_made(transport)
         self._watch()
 
     def data_received(self, data: bytes) -> None:
+        self._heard = self.loop.time()
         super().data_received(data)
         self._watch()
 

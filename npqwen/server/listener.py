@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from npqwen.checks import check_whole
 from npqwen.errors import OptionError
+from npqwen.server.accepting import AcceptingSocket
 from npqwen.server.settings import is_address
 from npqwen.wording import quoted
 
@@ -118,7 +119,7 @@ def _no_password() -> str:
     raise ValueError("the key is encrypted; decrypt it first")
 
 
-def _bound(host: str, port: int) -> list[socket.socket]:
+def _bound(host: str, port: int) -> list[AcceptingSocket]:
     try:
         found = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
     except (OSError, UnicodeError):
@@ -126,11 +127,11 @@ def _bound(host: str, port: int) -> list[socket.socket]:
     addresses = list(dict.fromkeys((family, address) for family, _, _, _, address in found))
     if port == 0:
         addresses = addresses[:1]  # two sockets would get two ports
-    sockets: list[socket.socket] = []
+    sockets: list[AcceptingSocket] = []
     try:
         for family, address in addresses:
             # asyncio sets TCP_NODELAY only on sockets created with this protocol; without it, chunks wait for 40 ms
-            one = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+            one = AcceptingSocket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
             sockets.append(one)
             if sys.platform == "win32":
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
@@ -156,12 +157,12 @@ def _not_bound(error: OSError, host: str, port: int) -> OptionError:
     return OptionError(f"cannot listen on port {port} of {host}: {error.strerror or error}")
 
 
-def _bound_path(path: str) -> socket.socket:
+def _bound_path(path: str) -> AcceptingSocket:
     """A UNIX socket that only this user may connect to. A stale one, left by a dead server, is replaced."""
     if sys.platform == "win32" or not hasattr(socket, "AF_UNIX"):
         raise OptionError("--uds needs a system with UNIX sockets; use --host and --port")
     place = Path(path)
-    one = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    one = AcceptingSocket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         if place.is_socket():
             with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

@@ -9,6 +9,7 @@ import signal
 import ssl
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from socket import socket
@@ -17,6 +18,7 @@ from types import FrameType
 import uvicorn
 
 from npqwen.errors import OptionError
+from npqwen.server.accepting import ConnectionLimit, raise_limit
 from npqwen.server.app import application
 from npqwen.server.connection import Connection
 from npqwen.server.listener import Listener
@@ -29,6 +31,9 @@ LAST = 1.0
 """Seconds that answers have to end with an error before they are cancelled."""
 IDLE_CONNECTION = 75
 """Seconds that an idle connection stays open: clients' connection pools expect about a minute."""
+CROWDED_SECONDS = 60.0
+"""Seconds between two lines in the log about too many connections."""
+_log = logging.getLogger(__name__)
 _SIGNALS = [signal.SIGINT, signal.SIGTERM, *([signal.SIGBREAK] if sys.platform == "win32" else [])]  # type: ignore[attr-defined,unused-ignore]
 
 
@@ -63,15 +68,18 @@ def run(
     )
     config.load()
     config.ssl = tls
-    server = _Server(config, announce)
-    asyncio.run(_serve(server, models, listener.sockets, notice))
+    server = Server(config, announce)
+    limit = ConnectionLimit(raise_limit(), server.make_room)
+    for one in listener.sockets:
+        one.limit = limit
+    asyncio.run(_serve(server, models, [*listener.sockets], notice))
     if server.failure is not None:
         raise server.failure
     if server.interrupted:
         raise KeyboardInterrupt
 
 
-class _Server(uvicorn.Server):
+class Server(uvicorn.Server):
     """Stops at the first signal and does not raise it again: the caller chooses the exit status."""
 
     def __init__(self, config: uvicorn.Config, announce: Callable[[], None]) -> None:
@@ -80,6 +88,7 @@ class _Server(uvicorn.Server):
         self.interrupted = False
         self.failure: BaseException | None = None
         self.stopping = asyncio.Event()
+        self._crowded = -CROWDED_SECONDS  # when it was last logged that there are too many connections
 
     async def startup(self, sockets: list[socket] | None = None) -> None:
         try:
@@ -88,6 +97,23 @@ class _Server(uvicorn.Server):
             raise OptionError(f"cannot listen: {error.strerror or error}; choose another --port") from None
         if self.started:
             self._announce()
+
+    def make_room(self) -> bool:
+        """Close the connection that has been idle for longest, and log that once in a while; False if none is idle."""
+        connections = self.server_state.connections
+        now = time.monotonic()
+        if now - self._crowded >= CROWDED_SECONDS:
+            self._crowded = now
+            _log.warning(
+                "too many connections for 'ulimit -n': each new one ends the one that has been idle for longest, or is "
+                "refused"
+            )
+        # uvicorn's limit_concurrency only refuses requests, once their headers are complete.
+        idle = {one: one.idle_since for one in connections if isinstance(one, Connection)}
+        since = {one: when for one, when in idle.items() if when is not None}
+        if since:
+            min(since, key=since.__getitem__).transport.abort()
+        return bool(since)
 
     def stop(self) -> None:
         """End the server gracefully. Called in the event loop's thread."""
@@ -115,7 +141,7 @@ class _Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-async def _serve(server: _Server, models: Models, sockets: list[socket], notice: Callable[[str], None]) -> None:
+async def _serve(server: Server, models: Models, sockets: list[socket], notice: Callable[[str], None]) -> None:
     serving = asyncio.create_task(server.serve(sockets))
     stopping = asyncio.create_task(server.stopping.wait())
     loading = asyncio.create_task(_load_first(server, models))
@@ -141,7 +167,7 @@ async def _serve(server: _Server, models: Models, sockets: list[socket], notice:
             await asyncio.wait(server.server_state.tasks, timeout=LAST)
 
 
-async def _load_first(server: _Server, models: Models) -> None:
+async def _load_first(server: Server, models: Models) -> None:
     try:
         await models.worker(None, task=None)
     except Exception as error:
