@@ -14,7 +14,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from jinja2 import Template, TemplateError, meta
+from jinja2 import Template, TemplateError, meta, nodes
 
 from npqwen.chat import template_limits
 from npqwen.chat.call_structure import CallStyle
@@ -100,9 +100,9 @@ class ChatTemplate:
         for name in options:
             if name == "enable_thinking":
                 raise OptionError("give thinking=True or thinking=False; it sets the template's enable_thinking")
-            if name not in program.variables or name in _SET_HERE:
-                known = sorted(program.variables.difference(_SET_HERE))
-                there = f"it has {', '.join(known)}" if known else "it has none"
+            if name not in program.variables:
+                known = sorted(program.variables)
+                there = f"it has {', '.join(known)}" if known else "it has none that can be set"
                 raise OptionError(f"unknown option {quoted(name)}: the chat template has no such variable; {there}")
         variables = {name: plain(value, name) for name, value in options.items()}
         if thinking is not None:
@@ -124,6 +124,10 @@ class ChatTemplate:
     def mode(self, template: str | None = None, tools: bool = False) -> Mode:
         """How a template handles thinking. Determined by rendering."""
         return self._program(template, tools).mode
+
+    def variables(self, template: str | None = None, tools: bool = False) -> frozenset[str]:
+        """The variables of a template that `render` accepts as options."""
+        return self._program(template, tools).variables
 
     def call_style(self, template: str | None = None) -> CallStyle:
         """How a template with tools writes calls: as JSON, or in Qwen3-Coder's tags. Determined by rendering."""
@@ -171,11 +175,15 @@ class _Program:
 
     @cached_property
     def variables(self) -> frozenset[str]:
-        """The variables that the template uses without setting them."""
+        """The variables that a caller may set: those that the template reads before it sets them, if it does."""
         environment, _ = self._compiled
+        first: dict[str, bool] = {}
         with self._compiling():
-            names = meta.find_undeclared_variables(environment.parse(self.source))
-        return frozenset(names).difference(environment.globals)
+            tree = environment.parse(self.source)
+            names = meta.find_undeclared_variables(tree)  # also those that the template itself sets in one branch only
+            for name, is_read in _uses(tree):
+                first.setdefault(name, is_read)
+        return frozenset(name for name in names if first.get(name)).difference(environment.globals, _SET_HERE)
 
     @contextmanager
     def _compiling(self) -> Iterator[None]:
@@ -274,6 +282,23 @@ class Rendering:
     def text(self) -> str:
         """Raises OptionError if the template refuses the messages."""
         return self.program.render(self.messages, self.tools, self.add_generation_prompt, self.variables)
+
+
+def _uses(node: nodes.Node) -> Iterator[tuple[str, bool]]:
+    """The variables below a node in the order in which they are used, and whether each use is a read.
+
+    Parameters of macros are left out.
+    """
+    if isinstance(node, nodes.Name):
+        yield node.name, node.ctx == "load"
+    children = list(node.iter_child_nodes())
+    if isinstance(node, (nodes.Assign, nodes.For)):
+        children[:2] = reversed(children[:2])  # the value is read before the target is set
+    parameters = {one.name for one in node.args} if isinstance(node, (nodes.Macro, nodes.CallBlock)) else ()
+    for child in children:
+        for name, is_read in _uses(child):
+            if name not in parameters:
+                yield name, is_read
 
 
 def opens_thinking(prompt: str) -> bool:

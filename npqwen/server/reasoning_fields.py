@@ -26,6 +26,9 @@ EFFORTS: dict[str, int | None] = {
 GRADES = {"low": "low", "medium": "medium", "high": "xhigh", "xhigh": "xhigh", "max": "xhigh"}
 """For each effort with thinking, the value of the variable `reasoning_effort` of templates that have it (Qwen3.8)."""
 
+_SWITCHES = ("enable_thinking", "thinking")
+"""Names under which a variable turns thinking on or off."""
+
 _NOT_VARIABLES = ("add_generation_prompt", "messages", "self", "tools")
 """Names that are no variables of a chat template, or have a field of their own."""
 
@@ -37,15 +40,15 @@ Shown = Literal["apart", "inline", "hidden"]
 class ReasoningFields:
     """A body's fields about reasoning; None where the body sets none.
 
-    thinking: whether to think. budget: most tokens of thinking. effort: one of `EFFORTS`. template_options: variables
-    of the chat template.
+    thinking: whether to think. budget: most tokens of thinking. effort: one of `EFFORTS`. variables: an object whose
+    fields are variables of chat templates; those that a model's template does not have are never read.
     """
 
     thinking: bool | None = None
     budget: int | None = None
     effort: str | None = None
     shown: Shown = "apart"
-    template_options: dict[str, Any] = field(default_factory=dict)
+    variables: Fields = field(default_factory=lambda: Fields({}))
 
     def options(self, model: Model, tools: bool) -> dict[str, Any]:
         """The options of a chat with this model that implement the fields. tools: whether the chat has any.
@@ -54,8 +57,11 @@ class ReasoningFields:
         it has a variable for it; otherwise it sets a budget, but does not turn thinking on, so that it is valid for
         models that never think, too. Raises OptionError if thinking is requested of a model that never thinks.
         """
-        template, template_options = self.template_options.get("template"), self.template_options
-        mode = model.chat_template.mode(template if isinstance(template, str) else None, tools)
+        template = self.variables.any("template")
+        name = template if isinstance(template, str) else None
+        mode = model.chat_template.mode(name, tools)
+        known = {"template", *model.chat_template.variables(name, tools)}.difference(_SWITCHES)
+        template_options = {one: self.variables.any(one) for one in sorted(known) if one in self.variables}
         kind, thinking, budget = mode.thinking, self.thinking, self.budget
         if budget is None and self.effort is not None and thinking is not False:
             limit = EFFORTS[self.effort]
@@ -90,18 +96,12 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
     efforts = [_effort(fields, "reasoning_effort")]
     hidden = fields.flag("include_reasoning") is False
 
-    kwargs = fields.object("chat_template_kwargs")
-    template_options: dict[str, Any] = {}
-    if kwargs is not None:
-        switches = ("enable_thinking", "thinking")
-        for name in _NOT_VARIABLES:
-            if name in kwargs:
-                place = kwargs.place(name)
-                raise FieldError(f"{place} is not a variable that may be set; leave it out", place)
-        flags += [kwargs.flag(name) for name in switches]
-        template_options = {
-            name: kwargs.any(name) for name in kwargs.values if name not in switches and name in kwargs
-        }
+    kwargs = fields.object("chat_template_kwargs") or Fields({})
+    for name in _NOT_VARIABLES:
+        if name in kwargs:
+            place = kwargs.place(name)
+            raise FieldError(f"{place} is not a variable that may be set; leave it out", place)
+    flags += [kwargs.flag(name) for name in _SWITCHES]
     reasoning = fields.object("reasoning")
     if reasoning is not None:
         flags.append(reasoning.flag("enabled"))
@@ -120,7 +120,7 @@ def reasoning_fields(fields: Fields) -> ReasoningFields:
         budget=next((budget for budget in budgets if budget is not None), None),
         effort=next((effort for effort in efforts if effort is not None), None),
         shown="hidden" if hidden else "inline" if format == "none" else "apart",
-        template_options=template_options,
+        variables=kwargs,
     )
 
 

@@ -95,6 +95,26 @@ def test_enable_thinking_is_refused_with_the_name_to_use() -> None:
         TEMPLATES["hybrid"].render(HI, enable_thinking=False)
 
 
+def test_variables_are_those_that_a_caller_can_set() -> None:
+    settable = {name: sorted(TEMPLATES[name].variables()) for name in NAMES}
+    assert settable.pop("qwen3.5") == ["add_vision_id"]
+    assert settable.pop("features") == ["level"]
+    assert set(map(tuple, settable.values())) == {()}  # their own `content` and `reasoning_content` are none
+    source = (
+        "{% if not depth is defined %}{% set depth = 1 %}{% endif %}{% set grade = grade or 'low' %}"
+        "{% for one in messages %}{% if one.content %}{% set own = one.content %}{% endif %}{{ own }}{% endfor %}"
+        "{% macro shown(text) %}{{ text }}{{ style }}{% endmacro %}{{ shown(own) }}{{ depth }}"
+    )
+    assert ChatTemplate({"default": source}, {}, Path()).variables() == {"depth", "grade", "style"}
+
+
+def test_an_unknown_variable_is_refused_with_those_that_there_are() -> None:
+    with pytest.raises(OptionError, match=r"'colour': the chat template has no such variable; it has add_vision_id$"):
+        TEMPLATES["qwen3.5"].render(HI, colour=1)
+    with pytest.raises(OptionError, match=r"'content': .* it has none that can be set"):
+        TEMPLATES["hybrid"].render(HI, content="x")
+
+
 @pytest.mark.parametrize(
     ("prompt", "open"),
     [

@@ -168,9 +168,10 @@ def test_a_call_is_streamed_while_it_is_written(scripted: tuple[ScriptedModels, 
 
 def test_unknown_fields_are_tolerated_and_logged(client: openai.OpenAI, caplog: pytest.LogCaptureFixture) -> None:
     fields = {"context_management": {"edits": []}, "output_config": {"effort": "high"}, "store": True, "user": "me"}
+    fields["chat_template_kwargs"] = {"colour": 1}
     with caplog.at_level(logging.INFO, "npqwen.server.exchange"):
         answer = client.chat.completions.create(model="", messages=SUM, max_tokens=2, extra_body=fields)
-        ignored = " s, ignored context_management, output_config, req_"
+        ignored = " s, ignored context_management, output_config, chat_template_kwargs.colour, req_"
         wait_until(lambda: any(ignored in record.message for record in caplog.records))
     assert answer.choices
 

@@ -95,7 +95,6 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"messages": HELLO, "grammar": "hello"}, "grammar", "grammar begins"),
         ({"messages": HELLO, "json_schema": {"type": "colour"}}, "json_schema", "json_schema cannot be used"),
         ({"messages": HELLO, "reasoning_effort": "huge"}, "reasoning_effort", "one of none, minimal, low"),
-        ({"messages": HELLO, "chat_template_kwargs": {"colour": 1}}, None, "'colour'"),
     ],
 )
 def test_a_wrong_field_is_named(http: httpx.Client, body: Any, param: str | None, words: str) -> None:

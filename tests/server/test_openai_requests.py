@@ -75,6 +75,13 @@ def test_an_effort_is_the_templates_own_where_it_has_one() -> None:
     assert options(reasoning_effort="low", enable_thinking=False) == {"thinking": False}
 
 
+def test_variables_that_the_chat_template_does_not_have_are_ignored() -> None:
+    kwargs = {"add_vision_id": True, "colour": 1, "enable_thinking": False}
+    found = request("qwen3.5", chat_template_kwargs=kwargs).options
+    assert found == {"thinking": False, "template_options": {"add_vision_id": True}}
+    assert request(SWITCH, chat_template_kwargs=kwargs).options == {"thinking": False}
+
+
 def test_a_model_that_never_thinks_is_not_made_to() -> None:
     with pytest.raises(OptionError, match="this model does not think"):
         request(NEVER, enable_thinking=True)

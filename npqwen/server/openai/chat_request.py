@@ -34,10 +34,11 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 class ChatBody:
     """A checked body.
 
-    messages, options: as the library takes them, before the model is known. places: see `ChatRequest.fields`.
-    include_usage, return_progress: events that a stream sends in addition to the answer's.
+    fields: all of it. messages, options: as the library takes them, before the model is known. places: see
+    `ChatRequest.fields`. include_usage, return_progress: events that a stream sends in addition to the answer's.
     """
 
+    fields: Fields
     model: str | None
     messages: list[dict[str, Any]]
     options: dict[str, Any]
@@ -54,8 +55,12 @@ class ChatBody:
         return self.reasoning.shown
 
     def request(self, model: Model) -> ChatRequest:
-        """The request for this model; OptionError for fields that it does not support."""
+        """The request for this model; OptionError for fields that it does not support.
+
+        Has the log name the body's unknown fields, among them variables that the model's chat template does not have.
+        """
         options = self.options | self.reasoning.options(model, "tools" in self.options)
+        self.fields.log_unknown()
         messages = with_allowed_system_turns(self.messages, model.chat_template)
         return ChatRequest(messages, cast(ChatOptions, options), self.n, self.places)
 
@@ -75,7 +80,8 @@ def chat_body(fields: Fields) -> ChatBody:
         options["top_logprobs"] = top
     messages = chat_messages(fields)
     _check_ending(fields, messages)
-    body = ChatBody(
+    return ChatBody(
+        fields=fields,
         model=fields.text("model"),
         messages=messages,
         options=options,
@@ -86,8 +92,6 @@ def chat_body(fields: Fields) -> ChatBody:
         include_usage=include_usage(fields),
         return_progress=fields.flag("return_progress") or False,
     )
-    fields.log_unknown()
-    return body
 
 
 def _check_ending(fields: Fields, messages: list[dict[str, Any]]) -> None:
