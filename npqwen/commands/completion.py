@@ -16,19 +16,25 @@ from npqwen.errors import NpqwenError
 
 _MODELS = ("model", "models", "source", "against", "draft")
 """Names of parameters that are models."""
+_IN_CACHE = "known"
+"""The name of parameters that are models in the caches."""
 _FILES = ("FILE", "DIRECTORY", "DIR", "PATH", "INPUT", "OUTPUT", "OUT", "TEXT...")
 """Metavariables of files and directories."""
 
 
 class _Model(StringParamType):
-    """The name or the path of a model."""
+    """The name of a model, or also its path if `files` is set."""
+
+    def __init__(self, *, files: bool) -> None:
+        self._files = files
 
     def shell_complete(self, ctx: click.Context, param: click.Parameter, incomplete: str) -> list[CompletionItem]:
         try:
-            names = [*_names(incomplete), *_places(incomplete)]
+            names = [*_names(incomplete), *(_places(incomplete) if self._files else ())]
         except (OSError, NpqwenError):  # caches that cannot be read suggest nothing
             names = []
-        return [CompletionItem(name) for name in names] or [CompletionItem(incomplete, type="file")]
+        found = [CompletionItem(name) for name in names]
+        return found or ([CompletionItem(incomplete, type="file")] if self._files else [])
 
 
 class _FileOrWord(StringParamType):
@@ -49,8 +55,8 @@ def completed(parameter: click.Parameter) -> Any:
     """
     if parameter.type is not click.STRING:
         return parameter.type
-    if parameter.name in _MODELS:
-        return _Model()
+    if parameter.name in (*_MODELS, _IN_CACHE):
+        return _Model(files=parameter.name != _IN_CACHE)
     shown = parameter.metavar or str(parameter.name).upper()
     parts = re.split(r"[][|]", shown)
     words = [part for part in parts if part != part.upper()] if "|" in shown else []
@@ -64,19 +70,27 @@ def words(choices: list[str]) -> list[CompletionItem]:
 
 
 def _names(incomplete: str) -> list[str]:
-    """Hub models on this machine whose name, with or without its owner, starts with `incomplete`, ignoring case."""
+    """Models in the caches whose name, with or without its owner, starts with `incomplete`, ignoring case.
+
+    A checkpoint of the user's has the name of its directory or file, or its path if others have the same name.
+    """
     from npqwen.cache_directory import cache_directory
     from npqwen.hub import record
     from npqwen.hub.downloads import downloaded_names
     from npqwen.hub.names import OWNER
 
     found = set(downloaded_names())
+    local: dict[str, set[str]] = {}
     for path in record.conversions(cache_directory()):
-        known = record.read(path) if path.parent.parent.name == "hub" else None
-        if known is not None:
+        known = record.read(path)
+        if known is not None and path.parent.parent.name == "hub":
             found.add(known.model)
+        elif known is not None:
+            local.setdefault(path.parent.name, set()).add(known.model)
     if incomplete:
         found |= {name.removeprefix(f"{OWNER}/") for name in found}
+    for folder, models in local.items():
+        found |= {folder} if len(models) == 1 else models
     return sorted(name for name in found if name.lower().startswith(incomplete.lower()))
 
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 
 
 @click.command(cls=Command)
-@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.argument("known", nargs=-1, required=True, metavar="MODEL...")
 @click.option("--bits", type=int, metavar="|".join(CHOICES), help="Only conversions to this many bits; default: all.")
 @click.option("--download", is_flag=True, help="Remove the download, and keep the conversions.")
 @click.option("--all", "everything", is_flag=True, help="Remove the conversions and the download.")
 @yes_option
-def rm(models: tuple[str, ...], bits: int | None, download: bool, everything: bool, yes: bool) -> None:
+def rm(known: tuple[str, ...], bits: int | None, download: bool, everything: bool, yes: bool) -> None:
     """Remove converted models from the cache, or their downloads from huggingface_hub's cache.
 
     MODEL is a name in npqwen list. Programs that run a model which is removed are not disturbed (on Windows they have
@@ -45,7 +45,7 @@ def rm(models: tuple[str, ...], bits: int | None, download: bool, everything: bo
     doomed: dict[str, Conversion] = {}
     doomed_downloads: dict[str, Download] = {}
     left: dict[str, Download] = {}
-    for model in models:
+    for model in known:
         found, found_downloads = select(model, converted, fetched)
         if not download:
             found = found if bits is None else _of_bits(model, found, bits)

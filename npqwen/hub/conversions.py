@@ -20,7 +20,7 @@ from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, Outp
 from npqwen.format.quantization import FORMAT_VERSION, is_converted, read_bits
 from npqwen.format.recipe import DEFAULT_BITS, Recipe, recipe_of
 from npqwen.hub import record
-from npqwen.hub.names import MAIN, HubName, check_given, conversions_folder, with_revision
+from npqwen.hub.names import MAIN, HubName, check_given, conversions_folder, kept_checkpoint, with_revision
 from npqwen.hub.repository import look_up
 from npqwen.hub.snapshot import downloaded
 from npqwen.hub.source import LocalSource, Source, local_source
@@ -51,7 +51,8 @@ def resolve(
 
     model: a converted directory, a checkpoint directory, a GGUF file, or a name on the hub: "org/name",
     "org/name@revision", "org/name:Q4_K_M" of GGUF files, a URL of the repository, or Qwen3-0.6B for Qwen/Qwen3-0.6B. A
-    checkpoint is converted into `cache_directory()`, once for each state of its files and each `bits`.
+    checkpoint is converted into `cache_directory()`, once for each state of its files and each `bits`; from then on,
+    the name of its directory or file is enough.
     bits: the recipe (npqwen.format.recipe), by default 4; None accepts any converted directory.
     revision: a branch, tag or commit of the hub's repository, if the name has none.
     purpose: what the model must be able to do; checked before a download or a conversion.
@@ -237,13 +238,13 @@ def _refuse_revision(directory: Path, revision: str | None) -> None:
 
 
 def _directory(model: str | os.PathLike[str]) -> Path | None:
-    """The directory or GGUF file of this name; None if it can only be on the hub."""
+    """The directory or GGUF file of this path or name; None if it can only be on the hub."""
     path = Path(os.path.expanduser(check_path(model)))
     check_given(model)
     try:
         mode = path.stat().st_mode
     except (FileNotFoundError, NotADirectoryError, ValueError):
-        return None
+        return kept_checkpoint(os.path.expanduser(model))
     except OSError as error:
         if error.errno == errno.ENAMETOOLONG:
             return None

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
+from npqwen.cache_directory import cache_directory
 from npqwen.errors import ModelNotFoundError, OptionError
+from npqwen.hub import record
 from npqwen.wording import quoted, shortened
 
 OWNER = "Qwen"
@@ -125,7 +128,30 @@ def model_name(model: str | os.PathLike[str], revision: str | None = None) -> st
     path = os.path.expanduser(os.fspath(model))
     if os.path.isdir(path):
         return os.path.basename(os.path.realpath(path))
-    return file_name(path) if os.path.isfile(path) else str(with_revision(model, revision))
+    if os.path.isfile(path):
+        return file_name(path)
+    kept = kept_checkpoint(path)
+    return str(with_revision(model, revision)) if kept is None else model_name(kept)
+
+
+def kept_checkpoint(name: str) -> Path | None:
+    """The checkpoint on this machine that has a conversion in the cache, and whose directory or GGUF file has this
+    name; None if there is none. A name that is complete on the hub means the hub's model.
+
+    Raises ModelNotFoundError if several checkpoints have the name.
+    """
+    if os.path.basename(name) != name or _WITHOUT_OWNER.fullmatch(name):
+        return None
+    known = record.local_models(cache_directory(), name)
+    found = [path for path in map(Path, known) if path.exists()]
+    if len(found) > 1:
+        raise several(name, map(str, found))
+    return found[0] if found else None
+
+
+def several(name: str, models: Iterable[str]) -> ModelNotFoundError:
+    """The error for a name that these models share."""
+    return ModelNotFoundError(f"{quoted(name)} is the name of several models; give one of {', '.join(sorted(models))}")
 
 
 def file_name(path: str | os.PathLike[str]) -> str:

@@ -97,6 +97,13 @@ def conversions(root: Path) -> Iterator[Path]:
             yield directory
 
 
+def local_models(root: Path, name: str) -> set[str]:
+    """The models of this name, in any case, that are on this machine and have conversions in the cache `root`."""
+    folders = [folder for folder in root.glob("local/*") if folder.name.lower() == name.lower()]
+    known = [read(path) for folder in folders for path in folder.glob("[!.]*") if is_converted(path)]
+    return {one.model for one in known if one is not None}
+
+
 def _others(directory: Path, model: str) -> Iterator[tuple[Path, Record]]:
     """The other conversions of a model with the same bits that have a record."""
     bits = read_bits(directory)

@@ -10,7 +10,7 @@ from npqwen.checks import near_names
 from npqwen.errors import ModelNotFoundError, NpqwenError
 from npqwen.hub.downloads import Download
 from npqwen.hub.inventory import Conversion
-from npqwen.hub.names import check_given, parse, repository_of
+from npqwen.hub.names import check_given, parse, repository_of, several
 from npqwen.wording import alternatives, quoted
 
 
@@ -20,7 +20,8 @@ def select(
     """The conversions and downloads of a model.
 
     model: its id, with or without the owner and in any case; "id@revision"; the path of its checkpoint; or the path of
-    one conversion. Raises ModelNotFoundError, with similar names, if there are none.
+    one conversion. Raises ModelNotFoundError if there are none, with similar names, and if several models have the name
+    that is given without an owner or a directory.
     """
     check_given(model)
     by_path = [one for one in conversions if _same_path(model, one.path) or _same_path(model, Path(one.model))]
@@ -39,7 +40,10 @@ def select(
 
 
 def _matching(model: str, known: Iterable[str]) -> tuple[set[str], str | None]:
-    """The known names that match, in any case, and a revision. A name without an owner matches any owner's."""
+    """The known names that match, in any case, and a revision. A name without an owner or a directory matches any.
+
+    Raises ModelNotFoundError if it is the name of several models.
+    """
     wanted, _, revision = model.partition("@")
     try:
         name = parse(model)
@@ -51,6 +55,8 @@ def _matching(model: str, known: Iterable[str]) -> tuple[set[str], str | None]:
         if name.file is None:  # of GGUF files, all quantizations
             whole |= {one for one in known if repository_of(one).lower() == name.repository.lower()}
     ownerless = set() if "/" in wanted else {one for one in known if _tail(one).lower() == wanted.lower()}
+    if not whole and len(ownerless) > 1:
+        raise several(wanted, ownerless)
     return whole or ownerless, revision or None
 
 

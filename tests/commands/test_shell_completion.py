@@ -54,6 +54,9 @@ def shelf(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     kept = small_model(cache / "hub/Qwen--Qwen3-0.6B/0123456789ab-01234567-int4-v2")
     record = {"record_version": 1, "model": "Qwen/Qwen3-0.6B", "revisions": {"main": "a" * 40}, "replaced": False}
     (kept / "npqwen-source.json").write_text(json.dumps(record))
+    for folder, made_from in (("own/0", "/a/own"), ("twice/0", "/a/twice"), ("twice/1", "/b/twice")):
+        local = small_model(cache / "local" / folder)
+        (local / "npqwen-source.json").write_text(json.dumps(record | {"model": made_from, "revisions": {}}))
     place = tmp_path / "here"
     small_model(place / "my-model")
     small_model(place / "my-models" / "other")
@@ -66,7 +69,10 @@ def shelf(cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_names_of_models(shelf: Path) -> None:
     assert complete("chat", "Qwen/") == ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B"]
     assert complete("chat", "qwen3-0") == ["Qwen3-0.6B"]
-    assert complete("info", "") == ["Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", "model.gguf", "my-model"]
+    known = ["/a/twice", "/b/twice", "Qwen/Qwen3-0.6B", "Qwen/Qwen3-4B", "own"]
+    assert complete("info", "") == [*known, "model.gguf", "my-model"]
+    assert complete("rm", "") == known
+    assert complete("rm", "no") == []
     assert complete("batch", "in", "out", "--model", "Qwen/Qwen3-4") == ["Qwen/Qwen3-4B"]
     assert complete("serve", "my-model", "Qwen/Qwen3-0") == ["Qwen/Qwen3-0.6B"]
     assert complete("eval", "my-model", "text", "--against", "Qwen/Qwen3-0") == ["Qwen/Qwen3-0.6B"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,8 +17,9 @@ import pytest
 from checkpoints import write_checkpoint
 
 from npqwen import hub
-from npqwen.errors import CheckpointError, OptionError, OutputError
+from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 from npqwen.format.quantization import EvaluationRecord, Quantization, store_evaluation
+from npqwen.hub.names import model_name
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -38,6 +40,27 @@ def test_a_checkpoint_is_converted_once_into_the_cache(checkpoint: Path, cache: 
     assert hub.resolve(str(checkpoint), 4, notice=notices.append) == first
     assert notices == [f"using {first}"]
     assert len(conversions) == 1
+
+
+def test_a_converted_checkpoint_is_found_by_its_name_alone(
+    checkpoint: Path, tmp_path: Path, cache: Path, conversions: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache.mkdir()
+    monkeypatch.chdir(cache)
+    with pytest.raises(ModelNotFoundError, match="neither a directory nor a hub id"):
+        hub.resolve(checkpoint.name)
+    place = hub.resolve(checkpoint)
+    assert hub.resolve(checkpoint.name) == hub.find_converted(checkpoint.name, 4) == place
+    assert model_name(checkpoint.name) == checkpoint.name
+    other = tmp_path / "elsewhere" / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    hub.resolve(other)
+    places = ", ".join(sorted([str(checkpoint), str(other)]))
+    with pytest.raises(ModelNotFoundError, match=f"is the name of several models; give one of {re.escape(places)}$"):
+        hub.resolve(checkpoint.name)
+    shutil.rmtree(checkpoint)
+    assert hub.resolve(checkpoint.name).parent == place.parent
+    assert len(conversions) == 2
 
 
 def test_other_bits_and_other_files_are_other_conversions(

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -176,6 +177,20 @@ def test_rm_of_both_and_of_several(run: Run, checkpoint: Path, tmp_path: Path) -
     assert err.splitlines()[-1] == "removed 2 conversions and 1 download"
     assert run("list")[1] == "no model is converted yet; npqwen pull MODEL converts one\n"
     assert checkpoint.exists()
+
+
+@pytest.mark.parametrize("command", ["rm", "verify"])
+def test_a_name_that_several_models_have_is_refused(
+    command: str, run: Run, checkpoint: Path, cache: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "other" / checkpoint.name
+    shutil.copytree(checkpoint, other)
+    places = [Path(run("pull", one)[1].strip()) for one in (checkpoint, other)]
+    status, _, err = run(command, checkpoint.name)
+    given = ", ".join(sorted([str(checkpoint), str(other)]))
+    assert status == 2
+    assert err == f"npqwen: error: {checkpoint.name!r} is the name of several models; give one of {given}\n"
+    assert all(place.exists() for place in places)
 
 
 @pytest.mark.parametrize(
