@@ -112,6 +112,11 @@ class ChatStream(AsyncSteps[Event]):
         return _total([*self._usages, self._stream.usage])
 
     @property
+    def temperature(self) -> float:
+        """The temperature at which the tokens are drawn."""
+        return self._stream.sampling.temperature
+
+    @property
     def max_tokens(self) -> int | None:
         """The option `max_tokens`, which limits each step; None if it was left out."""
         return self._stream.max_tokens

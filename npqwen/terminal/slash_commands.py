@@ -127,7 +127,7 @@ def _retry(chat: TerminalChat, arguments: str) -> None:
 
     def begin(watch: list[Watch]) -> ChatStream:
         stream = chat.conversation.stream_retry(**options, watch=watch)
-        if options.get("temperature", chat.model.generation_config.sampling.temperature) == 0:
+        if stream.temperature == chat.last_temperature == 0:
             chat.terminal.notice(
                 "with temperature 0 the answer will be the same; /set temperature 0.7 allows other answers"
             )

@@ -93,6 +93,8 @@ class TerminalChat:
         self.shows_statistics = True
         self.unanswered: Question | None = None
         """The last question, if it has no answer: it is not part of the conversation."""
+        self.last_temperature: float | None = None
+        """The temperature of the last answer, if it was given here."""
         self.retries = 0
         """How often the last question was asked again."""
         self.question_options: dict[str, Any] = {}
@@ -166,6 +168,8 @@ class TerminalChat:
             finally:
                 if stream is not None:
                     stream.close()
+                    if stream.messages:
+                        self.last_temperature = stream.temperature
                     if stream.messages and self.unanswered is not None:
                         self.retries, self.question_options, self.unanswered = 0, self.unanswered.options, None
                 self.save_automatically()
@@ -174,6 +178,7 @@ class TerminalChat:
     def forget_last(self) -> None:
         """Forget the state of the last question, which has changed: retries, its options, the context in use."""
         self.retries, self.question_options, self.used, self.unanswered = 0, {}, None, None
+        self.last_temperature = None
 
     def saved(self) -> SavedConversation:
         """The conversation and its settings as files keep them."""

@@ -88,8 +88,14 @@ def test_retry_with_a_seed_draws_anew(monkeypatch: pytest.MonkeyPatch, say: Say)
     monkeypatch.setattr(chat.conversation, "stream_retry", stream_retry)
     say(chat, "/retry", "/retry")
     assert seeds == [6, 7]
+
+
+def test_retry_warns_if_neither_answer_is_drawn_at_random(say: Say) -> None:
     assert "the answer will be the same" in say(chat_with(Reciter("a", "b"), temperature=0), "q", "/retry")
     assert "the answer will be the same" not in say(chat_with(Reciter(), temperature=0), "/retry")
+    chat = chat_with(Reciter("a", "b", "c"), temperature=0.7)
+    assert "the answer will be the same" not in say(chat, "q", "/set temperature 0", "/retry")
+    assert "the answer will be the same" in say(chat, "/retry")
 
 
 def test_retry_asks_as_the_question_was_asked(say: Say) -> None:
