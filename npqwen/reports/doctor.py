@@ -201,8 +201,8 @@ def _check_kernels() -> Iterator[Finding]:
 
 def _check_extras(found: list[Extra]) -> Iterator[Finding]:
     for extra in found:
-        again = f'pip install --force-reinstall "npqwen[{extra.name}]"'
         for name, reason in extra.broken.items():
+            again = f"pip install --force-reinstall {name}"
             yield Finding(f"{name} is installed, but cannot be imported ({reason})", again)
 
 

@@ -195,6 +195,7 @@ def test_an_extra_that_is_missing_or_broken_is_told(monkeypatch: pytest.MonkeyPa
     finding = only(list(doctor._check_extras([broken])))
     assert finding.is_problem
     assert finding.text == "click is installed, but cannot be imported (ImportError: wrong ELF class)"
+    assert finding.remedy == "pip install --force-reinstall click"
 
 
 # --- the cache ---
