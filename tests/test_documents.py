@@ -131,11 +131,15 @@ def options_page() -> str:
 
 def values(option: Option) -> str:
     """A table cell: what an option accepts."""
+    if option.read is not None:
+        return f"the {option.name} itself in Python; otherwise, the name of a file"
     return option.expected if option.kind else option.metavar or "a Python object"
 
 
 def places(option: Option) -> str:
-    """Where an option cannot be set."""
+    """What an option's flag accepts, and where there is none."""
+    if option.as_flag:
+        return f" As a flag: {option.as_flag}." + ("" if option.settable else " Not with `/set`.")
     if not option.flag:
         return " With `/set`, but not as a flag." if option.settable else " Python only."
     return "" if option.settable else " Not with `/set`."

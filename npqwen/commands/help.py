@@ -23,7 +23,7 @@ def _topics(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> 
     return [CompletionItem(name) for name in sorted(names) if name.startswith(incomplete)]
 
 
-@click.command(cls=Command)
+@click.command(cls=Command, context_settings={"ignore_unknown_options": True})  # --bits is a topic
 @click.argument("topic", nargs=-1, shell_complete=_topics)
 @click.pass_context
 def help(ctx: click.Context, topic: tuple[str, ...]) -> None:
@@ -35,6 +35,7 @@ def help(ctx: click.Context, topic: tuple[str, ...]) -> None:
     npqwen help sampling
     npqwen help memory
     npqwen help temperature
+    npqwen help --bits
     npqwen help chat
 
     On a terminal, long texts are shown by $PAGER; in a file or pipe, they are Markdown.
@@ -48,7 +49,12 @@ def help(ctx: click.Context, topic: tuple[str, ...]) -> None:
             terminal.text(f"{command.get_help(below)}\n")
         return
     documents = Documents()
-    found = documents.find(words) if words else []
+    found = documents.named(words) if not words or words.startswith("-") else documents.headed(words)
+    if words and not found:
+        if flags := _flags(root, words):
+            terminal.text(flags)
+            return
+        found = documents.find(words)
     if not words:
         _show(terminal, documents.listing(), documents.listing())
     elif len(found) == 1:
@@ -56,6 +62,22 @@ def help(ctx: click.Context, topic: tuple[str, ...]) -> None:
     else:
         lines = "".join(f"npqwen help {one.topic}\n" for one in found)
         terminal.text(f"{len(found)} sections match:\n\n{lines}")
+
+
+def _flags(root: click.Context, name: str) -> str:
+    """The help of the commands' flags of a name, "bits" or "--bits", those with the same help together."""
+    flag = f"--{name.lstrip('-').replace('_', '-')}"
+    commands: dict[tuple[str, str], list[str]] = {}
+    assert isinstance(root.command, click.Group)
+    for command_name in root.command.list_commands(root):
+        command = root.command.get_command(root, command_name)
+        assert command is not None
+        with click.Context(command, info_name=command_name, parent=root) as below:
+            for parameter in command.params:
+                record = parameter.get_help_record(below) if flag in parameter.opts else None
+                if record is not None:
+                    commands.setdefault(record, []).append(command_name)
+    return "\n".join(f"{flags}\n  {help}\n  of {', '.join(names)}\n" for (flags, help), names in commands.items())
 
 
 def _show(terminal: Terminal, exact: str, readable: str) -> None:

@@ -126,7 +126,7 @@ def _flag(option: Option, default: Any) -> Callable[[Decorated], Decorated]:
         metavar=option.metavar,
         multiple=option.repeated,
         callback=_given if option.repeated else _parsed(option) if option.read is not None else None,
-        help=option.help,
+        help=f"{option.help.rstrip('.')}; {option.as_flag}." if option.as_flag else option.help,
     )
 
 

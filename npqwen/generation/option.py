@@ -16,7 +16,8 @@ Kind = type[int] | type[float] | type[bool] | type[str]
 class Option(NamedTuple):
     """One generation option.
 
-    help: one line, for `--help` and the documentation.
+    help: one line, for `--help` and the documentation, true in Python, too.
+    as_flag: what its flag accepts, as a clause, where that differs from Python.
     kind: what a flag or `/set` reads from text: int, float, bool (a switch) or str; None for Python objects.
     low, high: range of an int or float, both included. An int without `high` has no upper limit.
     default: the value if the option is left out; None is explained in `help`, or is the checkpoint's own value.
@@ -34,6 +35,7 @@ class Option(NamedTuple):
     low: float = 0
     high: float | None = None
     default: Any = None
+    as_flag: str = ""
     metavar: str | None = None
     flag: bool = True
     repeated: bool = False

@@ -89,8 +89,9 @@ class GenerationOptions(TypedDict, total=False):
     stop: Annotated[
         str | Iterable[str] | None,
         Option(
-            "End the text before this string; may be repeated. A special token's name ends it at that token.",
+            "End the text before this string, or the first of several. A special token's name ends it at that token.",
             str,
+            as_flag="may be repeated",
             metavar="TEXT",
             repeated=True,
             validate=check_stop,
@@ -131,8 +132,9 @@ class GenerationOptions(TypedDict, total=False):
     schema: Annotated[
         "Mapping[str, Any] | type[Any] | bool | Structure | None",
         Option(
-            "Generate JSON that follows this schema, a file or text; json: any object.",
+            "Generate JSON that follows this schema.",
             str,
+            as_flag="a file or text; json: any object",
             metavar="FILE",
             validate=check_schema,
             read=read_schema,
@@ -152,8 +154,9 @@ class GenerationOptions(TypedDict, total=False):
     choice: Annotated[
         Iterable[str] | None,
         Option(
-            "Generate exactly one of the given texts; repeat the flag for each.",
+            "Generate exactly one of the given texts.",
             str,
+            as_flag="repeat it for each",
             metavar="TEXT",
             repeated=True,
             settable=False,
@@ -256,7 +259,8 @@ class GenerationOptions(TypedDict, total=False):
     logit_bias: Annotated[
         Mapping[int, float] | None,
         Option(
-            "Add BIAS to the logit of token ID; -inf forbids the token; may be repeated.",
+            "Add BIAS to the logit of token ID; -inf forbids the token.",
+            as_flag="may be repeated",
             metavar="ID=BIAS",
             repeated=True,
             settable=False,
@@ -287,6 +291,7 @@ class GenerationOptions(TypedDict, total=False):
         Option(
             "Use the LoRA adapter of this name, one of those that the model was loaded with; default: none.",
             str,
+            as_flag="NAME=DIR[:SCALE] loads it first",
             metavar="NAME",
             flag=False,
             validate=_check_text,

@@ -12,6 +12,7 @@ from npqwen.errors import OptionError
 from npqwen.wording import alternatives, quoted, unreadable
 
 PAGES = {
+    "readme": "README.md",
     "terminal": "docs/terminal.md",
     "python": "docs/python.md",
     "server": "docs/server.md",
@@ -29,6 +30,8 @@ PAGES = {
 """The path of each page in the repository; an installed npqwen has it as `documents/NAME.md`."""
 _ELSEWHERE = {
     "memory": "models which one fits",
+    "install": "readme",
+    "installation": "readme",
     "formats": "sources",
     "quantization": "terminal converting",
     "api": "server",
@@ -107,28 +110,31 @@ class Documents:
     def find(self, topic: str) -> list[Section]:
         """The sections that match a topic, such as "server", "sampling", "server speed": one, or all that match.
 
-        In order of priority: a page's name; a section's whole heading, or an option's name; the beginning of one; a
-        part of one; all words, or their beginnings, anywhere in a section.
+        In order of priority: what is `headed` so; all words, or their beginnings, anywhere in a section.
         """
-        wanted = _words(topic)
-        wanted = _ELSEWHERE.get(wanted, wanted)
-        by_page = {_words(name): name for name in self._places}
-        if wanted in by_page:
-            return [self.page(by_page[wanted])]
-        below = [*self._below, *self._parts]
-        for matches in (
-            lambda own, full: wanted in (own, full),
-            lambda own, full: own.startswith(wanted) or full.startswith(wanted),
-            lambda own, full: wanted in own,
-        ):
-            found = [one for one in below if matches(_words(one.heading), _words(one.topic))]
-            if found:
-                return found
+        if found := self.headed(topic):
+            return found
+        wanted = _wanted(topic)
         if found := [one for one in self._below if _contains(one.text, wanted)]:
             return found
-        near = near_names(wanted, [*by_page, *(_words(one.heading) for one in below)], _ELSEWHERE)
+        headings = [_words(one.heading) for one in (*self._below, *self._parts)]
+        near = near_names(wanted, [*map(_words, self._places), *headings], _ELSEWHERE)
         hint = f"did you mean {alternatives(near)}? " if near else ""
         raise OptionError(f"unknown help topic {quoted(topic)}; {hint}npqwen help lists all topics")
+
+    def headed(self, topic: str) -> list[Section]:
+        """In order of priority: what is `named` so; sections whose headings begin so; those with such a part in them."""
+        wanted = _wanted(topic)
+        headings = [(one, _words(one.heading), _words(one.topic)) for one in (*self._below, *self._parts)]
+        begun = [one for one, own, full in headings if own.startswith(wanted) or full.startswith(wanted)]
+        return self.named(topic) or begun or [one for one, own, _ in headings if wanted in own]
+
+    def named(self, topic: str) -> list[Section]:
+        """The page of this name, or the sections with this heading and the option of this name; there may be none."""
+        wanted = _wanted(topic)
+        pages = [self.page(name) for name in self._places if _words(name) == wanted]
+        below = [*self._parts, *self._below]
+        return pages or [one for one in below if wanted in (_words(one.heading), _words(one.topic))]
 
     def for_terminal(self, section: Section) -> str:
         """The Markdown of a section, with commands in place of links to other pages, and without images."""
@@ -202,6 +208,12 @@ def _unwrapped(text: str) -> str:
         inside ^= fence
         joins = plain or (not (inside or fence) and _ITEM.match(line) is not None)
     return "\n".join(lines) + "\n"
+
+
+def _wanted(topic: str) -> str:
+    """The words that a topic is searched by."""
+    words = _words(topic)
+    return _ELSEWHERE.get(words, words)
 
 
 def _words(text: str) -> str:

@@ -98,6 +98,29 @@ def test_all_options_are_found() -> None:
         assert f"options {name}" in [one.topic for one in pages.find(name)]
 
 
+@pytest.mark.parametrize("topic", ["bits", "--bits"])
+def test_a_flag_of_commands_is_a_topic(topic: str, run: Run) -> None:
+    out, _ = run("help", topic)
+    assert "--bits 3|4|8|16\n  Bits per weight, if not converted yet; default: 4.\n  of " in out
+    assert "--bits 3|4|8|16\n  Only conversions to this many bits; default: all.\n  of rm\n" in out
+
+
+def test_a_heading_comes_before_a_flag_without_hyphens(run: Run) -> None:
+    assert run("help", "yarn")[0].startswith("## Context and YaRN")
+    assert run("help", "--yarn")[0].startswith("--yarn FACTOR\n")
+
+
+def test_an_option_comes_before_sections_of_its_name(run: Run) -> None:
+    assert run("help", "--adapter")[0].splitlines()[2].startswith("| `adapter` |")
+    assert Documents().named("stop")[0].topic == "options stop"
+
+
+def test_the_readme_tells_how_to_install(run: Run) -> None:
+    out, _ = run("help", "install")
+    assert out.startswith("# npqwen\n")
+    assert "pip install" in out
+
+
 def test_a_section_of_the_third_level_is_a_topic(run: Run) -> None:
     out, _ = run("help", "continuing the last conversation")
     assert out.startswith("### Continuing the last conversation\n")

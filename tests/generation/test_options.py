@@ -45,6 +45,7 @@ def test_every_option_says_what_it_does_in_one_line_and_is_documented() -> None:
         assert option.help.endswith(".")
         assert "\n" not in option.help
         assert f"{name}: {option.help}" in GenerationOptions.__doc__
+        assert "flag" not in option.help  # it holds in Python, too
         assert option.flag_name == "--" + name.replace("_", "-")
         assert option.kind in (int, float, bool, str, None)
         assert option.flag or not option.settable or name == "adapter"  # its flag loads them: NAME=DIR
