@@ -91,15 +91,20 @@ class Loading:
 
 
 class NamedAdapter(click.ParamType):  # type: ignore[type-arg]
-    """The name of a LoRA adapter and its directory."""
+    """A LoRA adapter's directory and its name, by default the directory's."""
 
-    name = "NAME=DIR[:SCALE]"
+    name = "[NAME=]DIR[:SCALE]"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:
         if isinstance(value, tuple):
             return value
-        name, equals, directory = argument_text(str(value)).partition("=")
-        if not (name and equals and directory):
+        from npqwen.format.adapter import AdapterFile
+
+        text = argument_text(str(value))
+        name, equals, directory = text.partition("=")
+        if not equals:
+            name, directory = AdapterFile.parse(text).directory.resolve().name, text
+        if not (name and directory):
             self.fail(f"{value!r} is not a name and a directory, such as sql=./sql-adapter", param, ctx)
         return name, directory
 
@@ -219,8 +224,8 @@ adapter_option = click.option(
     "adapters",
     multiple=True,
     type=NamedAdapter(),
-    help="Load a LoRA adapter that PEFT saved, its effect multiplied by SCALE, under this name; may be repeated; "
-    "default: none.",
+    help="Load a LoRA adapter that PEFT saved, its effect multiplied by SCALE, under this name or the directory's; "
+    "may be repeated; default: none.",
 )
 
 

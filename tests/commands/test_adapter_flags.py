@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from lora import write_adapter
 from reference import read_safetensors
 
 import npqwen
+from npqwen.commands.loading import NamedAdapter
 
 Run = Callable[..., tuple[str, str]]
 GREEDY = ("--temperature", 0, "-n", 8, "--quiet", "--threads", 2)
@@ -49,7 +51,13 @@ def test_texts_use_the_adapter_that_is_given_first(run: Run, model: npqwen.Model
     for names in (("one",), ("two",), ("two", "one")):
         out, _ = run(*command, *flags(adapters, *names))
         assert out.rstrip("\n") == expected[names[0]].rstrip("\n")
-    assert run(*command, "--adapter", f"x={adapters['one']}:0.5")[0].rstrip("\n") == expected["half"].rstrip("\n")
+    for half in (f"x={adapters['one']}:0.5", f"{adapters['one']}:0.5"):
+        assert run(*command, "--adapter", half)[0].rstrip("\n") == expected["half"].rstrip("\n")
+
+
+def test_an_adapter_without_a_name_has_that_of_its_directory(adapters: dict[str, Path]) -> None:
+    for text in (str(adapters["one"]), f"{adapters['one']}{os.sep}", f"{adapters['one']}:0.5"):
+        assert NamedAdapter().convert(text, None, None) == ("one", text)
 
 
 def test_questions_use_it_too(
@@ -77,7 +85,8 @@ def test_mistakes_are_told_in_one_line(run: Run, tiny: Callable[[int], Path], ad
     def problem(*args: object) -> str:
         return run("generate", path, "x", *args, status=2)[1]
 
-    assert "'one' is not a name and a directory, such as sql=./sql-adapter" in problem("--adapter", "one")
+    assert "'one=' is not a name and a directory, such as sql=./sql-adapter" in problem("--adapter", "one=")
+    assert "one is not a directory" in problem("--adapter", "one")
     assert "one/none is not a directory" in problem("--adapter", f"x={adapters['one']}/none")
     twice = problem(*flags(adapters, "one", "one"))
     assert "--adapter one is given twice" in twice
