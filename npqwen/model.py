@@ -106,7 +106,8 @@ class Model(Engine):
                 raise
 
     def __repr__(self) -> str:
-        return f"<Model {self.name}: {self.bits} bits, context {self.context}, threads {self.threads}>"
+        state = "closed" if self.closed else f"context {self.context}, threads {self.threads}"
+        return f"<Model {self.name}: {self.bits} bits, {state}>"
 
     @property
     def name(self) -> str:

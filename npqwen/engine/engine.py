@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from copy import copy
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -189,7 +188,8 @@ class Engine:
 
         Closing this engine ends both: do not close the new one, nor use it after this one was closed.
         """
-        other = copy(self)
+        other = type(self).__new__(type(self))
+        other.__dict__.update(self.__dict__)
         other.__dict__.pop("fingerprint", None)
         other._runner = self._runner.with_weights(weights)
         return other
@@ -332,8 +332,7 @@ class Engine:
         row = np.empty(int(matrix["cols"]), np.float32)
         compile_kernel(read_row, (matrix, 0, row))
         with self._runner.turn():  # nobody unmaps the weights meanwhile
-            if not self.weights.tensors:
-                raise ClosedError("the model is closed; load it again")
+            self._check_open()
             self.weights.check_whole()
             read_row(matrix, int(id), row)
         return row[: self.config.hidden_size]
@@ -400,8 +399,22 @@ class Engine:
         self._runner.close()
         self.prefixes.close()
 
+    @property
+    def closed(self) -> bool:
+        """Whether `close` was called."""
+        return not self.weights.tensors
+
+    def _check_open(self) -> None:
+        if self.closed:
+            raise ClosedError("the model is closed; load it again")
+
     def __enter__(self) -> Self:
+        """The model itself. Raises ClosedError if it was closed."""
+        self._check_open()
         return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError("a model cannot be pickled or copied: load it in each process, and share it among threads")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

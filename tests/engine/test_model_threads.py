@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import gc
+import pickle
 import signal
 import subprocess
 import sys
@@ -100,10 +102,17 @@ def test_a_closed_model_computes_no_more(tiny: Callable[[int], Path]) -> None:
         lambda: model.generate("A", max_tokens=1),
         lambda: list(stream),
     ]
-    for call in calls:
+    for call in [*calls, model.__enter__]:
         with pytest.raises(ClosedError, match="the model is closed; load it again"):
             call()
+    assert repr(model) == f"<Model {model.name}: 4 bits, closed>"
     assert cache.length == 10
+
+
+@pytest.mark.parametrize("copied", [pickle.dumps, copy.copy, copy.deepcopy])
+def test_a_model_is_not_copied(copied: Callable[[Any], object], tiny: Callable[[int], Path]) -> None:
+    with load(tiny(4), threads=1) as model, pytest.raises(TypeError, match="load it in each process"):
+        copied(model)
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1025, 2.0, "2", True])
