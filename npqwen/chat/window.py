@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from npqwen.chat.messages import Message
-from npqwen.errors import ContextLengthError
+from npqwen.generation.decoding import too_long
 
 _ROOM = 1024
 """Minimum room for an answer, in tokens; a quarter of the context if that is smaller."""
@@ -51,10 +51,7 @@ class Window:
         if len(ids) >= self._context:
             what = "turn" if messages[-1]["role"] == "tool" else "message"
             takes = "with the system message it takes" if _system(messages) else "it takes"
-            raise ContextLengthError(
-                f"this {what} is too long: {takes} {len(ids):,} tokens, and the context is {self._context:,}; "
-                "shorten it, or load the model with a longer context (--context, --yarn)"
-            )
+            raise too_long(f"this {what}", takes, len(ids), self._context)
         return ids, dropped
 
     def _is_short(self, ids: list[int]) -> bool:

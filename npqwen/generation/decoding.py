@@ -322,12 +322,16 @@ def check_prompt_ids(model: LanguageModel, prompt: Prompt, room: int = 1, name: 
             f"is {model.path / 'tokenizer.json'} another model's?"
         )
     if len(ids) + room > context:
-        longer = context < model.config.max_position_embeddings
-        raise ContextLengthError(
-            f"{name}'s {len(ids)} tokens leave no room in the context of {context}; shorten it"
-            + (", or load the model with a longer context" if longer else "")
-        )
+        raise too_long(name, "it takes", len(ids), context)
     return ids
+
+
+def too_long(name: str, takes: str, tokens: int, context: int) -> ContextLengthError:
+    """The error for a text that does not fit the context. takes: what takes the tokens, such as "it takes"."""
+    return ContextLengthError(
+        f"{name} is too long: {takes} {tokens:,} tokens, and the context is {context:,}; "
+        "shorten it, or load the model with a longer context (--context, --yarn)"
+    )
 
 
 def check_for_model(model: LanguageModel, options: GenerationOptions) -> Sampling:

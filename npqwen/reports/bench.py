@@ -141,7 +141,10 @@ def benchmark(
     tests += [("decode", n, d) for d in depth for n in decode if n]
     longest = max((n + d for _, n, d in tests), default=0)
     if longest > model.context:
-        raise OptionError(f"{longest} tokens do not fit the model's context of {model.context}")
+        raise OptionError(
+            f"{longest:,} tokens do not fit the model's context of {model.context:,}; reduce depth, prefill or decode "
+            "(--depth, --prefill, --decode)"
+        )
     ids = np.random.default_rng(0).integers(0, min(len(model.tokenizer), model.config.vocab_size), longest + 1)
     done = 0
     readings: list[float] = []

@@ -97,7 +97,7 @@ def test_sampling_is_that_of_the_mode_unless_given() -> None:
 
 
 def test_a_prompt_that_does_not_fit_is_refused() -> None:
-    with pytest.raises(ContextLengthError, match="leave no room in the context of 20"):
+    with pytest.raises(ContextLengthError, match="and the context is 20;"):
         prepare(Reciter(context=20), ChatSettings.of({}), checked("a b c " * 20))
     with pytest.raises(OptionError, match="thinking"):
         prepare(Reciter(template="thinking-2507"), ChatSettings.of({"thinking": False}), checked("?"))

@@ -306,5 +306,5 @@ def test_a_replys_messages_can_be_changed_without_effect() -> None:
 
 
 def test_messages_that_do_not_fit_the_context_are_refused() -> None:
-    with pytest.raises(ContextLengthError, match="context of 50"):
+    with pytest.raises(ContextLengthError, match="the context is 50;"):
         Reciter(context=50).stream_chat("1 " * 60)

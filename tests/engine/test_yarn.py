@@ -186,4 +186,4 @@ def test_commands_run_with_it(tiny: Callable[[int], Path], capsys: pytest.Captur
         with pytest.raises(SystemExit) as exit:
             cli.main(["generate", str(tiny(4)), prompt, "--max-tokens", "3", *options])
         assert exit.value.code == status
-        assert ("leave no room in the context of 2048" in capsys.readouterr().err) == bool(status)
+        assert ("the context is 2,048; shorten it, or load the" in capsys.readouterr().err) == bool(status)

@@ -112,7 +112,7 @@ def test_what_cannot_be_read_is_refused_and_nothing_changes(model: ReferenceMode
     with pytest.raises(ContextLengthError, match=f"^{len(held)} tokens and 118 more exceed the context of 120"):
         session.append([5] * 118)
     session.append([5] * (120 - len(held)))  # just fits
-    with pytest.raises(ContextLengthError, match="leave no room"):
+    with pytest.raises(ContextLengthError, match="the prompt is too long: it takes 120 tokens, and the context is 120"):
         session.continue_()
     assert session.ids == held + [5] * (120 - len(held))
 

@@ -277,7 +277,7 @@ def test_an_input_longer_than_the_context_fails_a_stream_with_the_code_that_code
     stream = streamed("", context=100, input="word " * 200)
     assert stream.response["status"] == "failed"
     assert stream.response["error"]["code"] == "context_length_exceeded"
-    assert "leave no room in the context of 100" in stream.response["error"]["message"]
+    assert "and the context is 100; shorten it" in stream.response["error"]["message"]
     error = post(Reciter(context=100), "/v1/responses", body("word " * 200), 400)["error"]
     assert error["code"] == "context_length_exceeded"
 
