@@ -25,6 +25,14 @@ def prompts(fields: Fields, name: str, most: int) -> list[str] | list[list[int]]
     fields.wrong(name, "text, a list of texts, token ids, or a list of lists of token ids")
 
 
+def check_not_empty(prompts: list[str] | list[list[int]], name: str) -> None:
+    """Raise FieldError if one of some prompts is empty. name: the field."""
+    for at, prompt in enumerate(prompts):
+        if not prompt:
+            place = name if len(prompts) == 1 else f"{name}[{at}]"
+            raise FieldError(f"{place} is empty; send text or token ids", name)
+
+
 def texts(values: list[Any], name: str) -> list[str]:
     """A list of strings, each checked to be valid Unicode. name: the list's field."""
     found = Fields({str(at): text for at, text in enumerate(values)}, name)

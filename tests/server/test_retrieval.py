@@ -94,6 +94,13 @@ def test_input_is_a_text_texts_token_ids_or_lists_of_them(client: openai.OpenAI,
         np.testing.assert_array_equal(vectors(client.embeddings.create(model="vectors", input=one)), expected[:1])
 
 
+def test_an_empty_input_is_refused_as_by_openai(client: openai.OpenAI) -> None:
+    for input, message in (("", "input is empty"), (["a", ""], r"input\[1\] is empty")):
+        with pytest.raises(openai.BadRequestError, match=message) as error:
+            client.embeddings.create(model="vectors", input=input)
+        assert error.value.param == "input"
+
+
 def test_dimensions_and_an_instruction(client: openai.OpenAI, embedder: npqwen.Model) -> None:
     answer = client.embeddings.create(model="vectors", input=TEXTS, dimensions=64)
     np.testing.assert_array_equal(vectors(answer), embedder.embed(TEXTS, dimensions=64))
@@ -126,7 +133,7 @@ def test_without_a_name_the_first_model_for_the_task_answers(url: str, embedder:
         ({}, "input is missing"),
         ({"input": []}, "input is []; it must be text, a list of texts, token ids, or a list of lists of token ids"),
         ({"input": ["a", 3]}, "it must be text, a list of texts"),
-        ({"input": [[1], []]}, "input[1] has no tokens; give at least one, or text"),
+        ({"input": [[1], []]}, "input[1] is empty; send text or token ids"),
         ({"input": [4128]}, "input[0] has token id 4128; the vocabulary is 0 to 4127"),
         ({"input": ["a"] * 2049}, "input has 2049 prompts; at most 2048 are possible"),
         ({"input": "a", "dimensions": 8}, "dimensions is 8; it must be a whole number from 32 to 256"),

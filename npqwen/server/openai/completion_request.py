@@ -11,7 +11,7 @@ from npqwen.server.fields import FieldError, Fields
 from npqwen.server.fill_in_middle import middle_request
 from npqwen.server.logprobs import TOP_LOGPROBS
 from npqwen.server.openai.generation_fields import choices, generation_options, include_usage
-from npqwen.server.prompt_field import prompts
+from npqwen.server.prompt_field import check_not_empty, prompts
 from npqwen.server.requests import TextRequest
 
 if TYPE_CHECKING:
@@ -74,6 +74,8 @@ def completion_body(fields: Fields) -> CompletionBody:
         raise FieldError("echo with logprobs is not supported: the prompt's tokens are not scored", "echo")
     suffix = fields.text("suffix")
     given = prompts(fields, "prompt", MAX_PROMPTS)
+    if suffix is None:
+        check_not_empty(given, "prompt")
     if suffix is not None and not all(isinstance(prompt, str) for prompt in given):
         raise FieldError("suffix needs a prompt of text, not of token ids", "suffix")
     body = CompletionBody(

@@ -12,7 +12,7 @@ from starlette.responses import Response
 from npqwen.server.background import in_thread
 from npqwen.server.fields import read_fields
 from npqwen.server.json_text import JSONReply, with_list
-from npqwen.server.prompt_field import MAX_TEXTS, prompts
+from npqwen.server.prompt_field import MAX_TEXTS, check_not_empty, prompts
 from npqwen.server.requests import ReadRequest
 from npqwen.server.streaming import until_disconnected
 
@@ -31,6 +31,7 @@ async def embeddings(models: Models, request: Request) -> Response:
     """
     fields = await read_fields(request)
     texts = prompts(fields, "input", MAX_TEXTS)
+    check_not_empty(texts, "input")
     name = fields.text("model")
     encoding = fields.one_of("encoding_format", ("float", "base64")) or "float"
     dimensions = fields.whole("dimensions", 1)
