@@ -203,8 +203,11 @@ class Terminal:
         """Show progress of the compilation, in kernels; without a terminal, one line that explains the delay."""
         self.progress("compiling kernels (once)", "")(done, total)
         if not self.shows_bars and not self._told_of_compiling:
+            from npqwen.kernels.compiled import is_writable  # loaded by now, by what compiles
+
             self._told_of_compiling = True
-            self.notice("compiling kernels (once on this machine for each kind of model and cache)")
+            kept = " (once on this machine for each kind of model and cache)" if is_writable() else ""
+            self.notice(f"compiling kernels{kept}")
 
     def clear_bar(self) -> None:
         """Remove the progress bar, if there is one."""

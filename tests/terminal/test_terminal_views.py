@@ -177,3 +177,16 @@ def test_lines_are_broken_between_words_in_a_narrow_window(monkeypatch: pytest.M
     rows = screen.rows(30)
     assert "error: unknown command" in rows
     assert "  /undo" in " ".join(rows)
+
+
+@pytest.mark.parametrize(
+    ("kept", "told"), [(True, " (once on this machine for each kind of model and cache)"), (False, "")]
+)
+def test_kernels_are_compiled_once_where_they_can_be_stored(
+    kept: bool, told: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("npqwen.kernels.compiled.is_writable", lambda: kept)
+    terminal = Terminal()
+    terminal.compilation_progress(0, 2)
+    terminal.compilation_progress(1, 2)
+    assert capsys.readouterr().err == f"compiling kernels{told}\n"
