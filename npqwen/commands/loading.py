@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 _LONG = 10
 """Seconds of processor time of a command that is worth a remark on what delayed it."""
 _TOLD = f"{__name__}.told"
+_LEAST = 1_000_000
+"""Fewer bytes must have a unit: the unit is more likely to be forgotten than so few to be meant."""
 _BYTES = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
 
 
@@ -179,6 +181,8 @@ class Size(click.ParamType):  # type: ignore[type-arg]
         amount = float(found[1]) * _BYTES[found[2]] if found else 0
         if not 1 <= amount < 2**63:
             self.fail(f"{shortened(str(value))!r} is not a size such as 8GB or 500MB", param, ctx)
+        if amount < _LEAST and found and not found[2]:
+            self.fail(f"{found[1]} is bytes without a unit; is {found[1]}GB meant?", param, ctx)
         return round(amount)
 
 

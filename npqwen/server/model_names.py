@@ -35,7 +35,7 @@ class ModelNames:
         self._aliases: dict[str, str] = {}
         own = {_plain(name) for name in self._names}
         exact = {_plain(alias): alias for alias in aliases if "*" not in alias and _plain(alias) not in own}
-        self.aliases = list(exact.values())
+        self.aliases: list[str] = []
         """The aliases that are names, not patterns, as they were given. Case alone makes no further name."""
         for alias, model in aliases.items():
             found = self._among_names(model)
@@ -44,6 +44,7 @@ class ModelNames:
                     f"alias {quoted(alias)} stands for {quoted(model)}, which is not served; {self._listed()}"
                 )
             self._aliases[_plain(alias)] = found
+        self.aliases = list(exact.values())
 
     def find(self, name: str | None) -> str:
         """The model's own name; for None or "", the first model's. Raises ModelNotFoundError."""
