@@ -15,6 +15,7 @@ from npqwen.commands.options import Command, argument_text
 from npqwen.commands.records import Record, json_lines, read_records
 from npqwen.errors import OptionError
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import counted
 
 if TYPE_CHECKING:
     import numpy as np
@@ -78,7 +79,8 @@ def embed(
                     for record, vector in zip(records[at : at + _BLOCK], vectors(at), strict=True):
                         write({**record.fields, "embedding": vector.tolist()})
         seconds = time.perf_counter() - started
-        terminal.notice(f"{len(records)} texts in {seconds:.2f} s, {len(records) / max(seconds, 1e-9):.1f} per second")
+        rate = f", {len(records) / max(seconds, 1e-9):.1f} per second" if len(records) > 1 else ""
+        terminal.notice(f"{counted(len(records), 'text')} in {seconds:.2f} s{rate}")
 
 
 def _vectors(
@@ -95,8 +97,11 @@ def _vectors(
     def progress(done: int, total: int) -> None:
         terminal.progress("reading", " texts")(at + done, len(records))
 
-    texts = [record.text for record in records[at : at + _BLOCK]]
-    return model.embed(texts, instruction, dimensions, truncate=truncate, progress=progress)
+    from npqwen.retrieval.reader import Reader
+
+    embedder, block = model.embedder, records[at : at + _BLOCK]
+    ids = embedder.ids([one.text for one in block], instruction, truncate, [one.place for one in block])
+    return embedder.vectors(Reader(model).read(ids, progress), embedder.dimensions(dimensions))
 
 
 def _write_array(

@@ -192,7 +192,7 @@ def stdin_text(terminal: Terminal, waiting: str) -> str:
             data += sys.stdin.buffer.read()
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise OptionError(f"the prompt on stdin is not UTF-8 (at byte {error.start})") from None
+        raise OptionError(f"the text on stdin is not UTF-8 (at byte {error.start})") from None
     finally:
         notice.cancel()
     return text.replace("\r\n", "\n").removesuffix("\n")

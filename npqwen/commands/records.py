@@ -26,6 +26,8 @@ class Record:
     """A text, and the JSON object that it came in; for a plain line, an object with the text alone."""
 
     text: str
+    place: str
+    """For messages: "line 3 of stdin"."""
     fields: dict[str, Any]
 
 
@@ -43,9 +45,9 @@ def read_records(file: str, as_json: bool, terminal: Terminal, what: str) -> lis
     name = "stdin" if file == "-" else file
     lines = text.replace("\r\n", "\n").split("\n")
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-    if not as_json:
-        return [Record(line, {TEXT: line}) for _, line in numbered]
-    return [_record(line, f"line {number} of {name}") for number, line in numbered]
+    places = [f"line {number} of {name}" for number, _ in numbered]
+    read = _record if as_json else lambda line, place: Record(line, place, {TEXT: line})
+    return [read(line, place) for (_, line), place in zip(numbered, places, strict=True)]
 
 
 def _record(line: str, place: str) -> Record:
@@ -56,7 +58,7 @@ def _record(line: str, place: str) -> Record:
     fields = {TEXT: value} if isinstance(value, str) else value
     if not isinstance(fields, dict) or not isinstance(fields.get(TEXT), str):
         raise OptionError(f"{place} is {quoted(line)}; it must be a JSON string, or an object with a {TEXT}")
-    return Record(fields[TEXT], fields)
+    return Record(fields[TEXT], place, fields)
 
 
 @contextlib.contextmanager

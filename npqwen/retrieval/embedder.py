@@ -61,19 +61,24 @@ class Embedder:
         return f"Instruct: {instruction}\nQuery:"
 
     def ids(
-        self, texts: Sequence[str | Sequence[int]], instruction: str | bool | None, truncate: bool, name: str = "texts"
+        self,
+        texts: Sequence[str | Sequence[int]],
+        instruction: str | bool | None,
+        truncate: bool,
+        names: str | Sequence[str] = "texts",
     ) -> list[Ids]:
         """The token ids of texts, with prompt and ending. truncate: cut texts that do not fit the context at their end;
-        otherwise ContextLengthError. name: of the texts, for messages."""
+        otherwise ContextLengthError. names: for messages, of the list or of each text."""
         prompt = self.prompt(instruction)
         room = self._context - len(self._before) - len(self._after)
         found: list[Ids] = []
         for at, text in enumerate(texts):
-            ids = self._text_ids(prompt, text, f"{name}[{at}]")
+            name = f"{names}[{at}]" if isinstance(names, str) else names[at]
+            ids = self._text_ids(prompt, text, name)
             if len(ids) > room and not truncate:
                 raise ContextLengthError(
-                    f"{name}[{at}] has {len(ids)} tokens; the model's context of {self._context} has room for {room}; "
-                    "shorten it, or let it be cut (truncate)"
+                    f"{name} has {len(ids):,} tokens; the model's context of {self._context:,} has room for {room:,}; "
+                    "shorten it, or let it be cut (truncate; in the terminal, without --no-truncate)"
                 )
             found.append(np.array([*self._before, *ids[:room], *self._after], np.int32))
         return found

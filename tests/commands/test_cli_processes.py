@@ -200,4 +200,4 @@ def test_stdin_that_is_not_utf8_is_refused() -> None:
     process = child("generate", str(TINY), "-", stdin=subprocess.PIPE)
     _, errors = process.communicate(b"caf\xe9", timeout=300)
     assert process.returncode == 2
-    assert errors.decode().strip() == "npqwen: error: the prompt on stdin is not UTF-8 (at byte 3)"
+    assert errors.decode().strip() == "npqwen: error: the text on stdin is not UTF-8 (at byte 3)"

@@ -130,9 +130,9 @@ def test_documents_come_sorted(run: Run, reranker: Loaded, tmp_path: Path) -> No
         (["embed", "E", "--jsonl"], '"a"\n{"a": 1}', "line 2 of stdin is"),
         (["embed", "E", "--jsonl"], '"a"\n\n{', "line 3 of stdin is not JSON: '{'"),
         (["embed", "E", "--jsonl"], "3", "line 1 of stdin is '3'; it must be a JSON string, or an object with a text"),
-        (["embed", "E"], "\udcff", "the prompt on stdin is not UTF-8 (at byte 0)"),
+        (["embed", "E"], "\udcff", "the text on stdin is not UTF-8 (at byte 0)"),
         (["embed", "E", "--dimensions", "5"], "a", "dimensions is 5; it must be a whole number from 32 to 256"),
-        (["embed", "E", "--no-truncate", "--context", "20"], "word " * 50, "texts[0] has "),
+        (["embed", "E", "--no-truncate", "--context", "20"], "a\n\n" + "word " * 50, "line 3 of stdin has "),
         (["embed", "R"], "a", "is a reranker, which judges documents; use rerank with it"),
         (["rerank", "E", "q"], "a", "is an embedding model, which does not judge documents; use embed with it"),
         (["rerank", "R", "word " * 600], "a", "query and instruction take "),
@@ -151,7 +151,7 @@ def test_what_cannot_be_done_is_one_line(
 def test_a_failure_leaves_no_file(run: Run, embedder: Loaded, tmp_path: Path) -> None:
     for name in ("out.npy", "out.jsonl"):
         done = run("embed", embedder(4).path, "--no-truncate", "-o", tmp_path / name, stdin="a\n" + "word " * 600)
-        assert "texts[1] has" in error(done)
+        assert "line 2 of stdin has 601 tokens" in error(done)
     assert list(tmp_path.iterdir()) == []
 
 

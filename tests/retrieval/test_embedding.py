@@ -115,7 +115,7 @@ def test_long_texts_are_cut_before_the_ending_or_refused(model: npqwen.Model) ->
     assert len(ids) > model.context
     kept = ids[: model.context - 1]
     np.testing.assert_array_equal(model.embed(long), model.embed([kept])[0])
-    with pytest.raises(ContextLengthError, match=rf"texts\[1\] has {len(ids)} tokens; .* room for {len(kept)}; short"):
+    with pytest.raises(ContextLengthError, match=rf"texts\[1\] has {len(ids):,} tokens; .* room for {len(kept)}; sh"):
         model.embed(["short", long], truncate=False)
     model.embed([kept], truncate=False)
 
