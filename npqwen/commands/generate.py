@@ -18,6 +18,7 @@ from npqwen.commands.loading import (
 from npqwen.commands.options import Command, argument_text, generation_options, keyboard_notice, stdin_text
 from npqwen.generation.options import check_options
 from npqwen.terminal.terminal import Terminal
+from npqwen.wording import counted
 
 if TYPE_CHECKING:
 
@@ -72,7 +73,7 @@ def generate(
 
 
 def _statistics(stream: Stream) -> str:
-    from npqwen.terminal.answer_view import draft_tokens
+    from npqwen.terminal.answer_view import decode_speed, draft_tokens
 
     usage = stream.usage
     if stream.stop_string is not None:
@@ -83,9 +84,10 @@ def _statistics(stream: Stream) -> str:
         end = "the text repeated itself"
     else:
         end = "--max-tokens reached" if stream.max_tokens == usage.generated_tokens else "the context is full"
+    speed = decode_speed(usage)
     cached = f", {usage.cached_tokens} of them cached," if usage.cached_tokens else ""
     return (
-        f"prompt: {usage.prompt_tokens} tokens{cached} in {usage.prefill_seconds:.2f} s, "
-        f"{usage.prefill_rate:.1f} tok/s; text: {usage.generated_tokens} tokens{draft_tokens(usage)}, "
-        f"first after {usage.first_token_seconds:.2f} s, then {usage.decode_rate:.1f} tok/s; {end}"
+        f"prompt: {counted(usage.prompt_tokens, 'token')}{cached} in {usage.prefill_seconds:.2f} s, "
+        f"{usage.prefill_rate:.1f} tok/s; text: {counted(usage.generated_tokens, 'token')}{draft_tokens(usage)}, "
+        f"first after {usage.first_token_seconds:.2f} s{', then ' if speed else ''}{speed}; {end}"
     )

@@ -10,6 +10,7 @@ from npqwen.terminal.answer_text import AnswerText, answer_text
 from npqwen.terminal.reasoning_view import ReasoningMode, ReasoningView
 from npqwen.terminal.terminal import Terminal
 from npqwen.tools.calls import ToolCall
+from npqwen.wording import counted
 
 if TYPE_CHECKING:
     from npqwen.chat.chat_stream import ChatStream
@@ -21,6 +22,8 @@ _THINKING_ENDED_BY = {
     "loop": ", ended because it repeated itself",
     "caller": ", ended early",
 }
+_FEWEST = 4
+"""Tokens from which a speed is shown: the times of fewer say nothing."""
 _INCOMPLETE = ", incomplete"
 
 
@@ -90,8 +93,8 @@ def statistics(stream: ChatStream, context: str = "") -> str:
     """One line: why the answer ended, unless the model ended it; speed; tokens; `context`, the context usage."""
     usage = stream.usage
     parts = [
-        f"{usage.decode_rate:.1f} tok/s",
-        f"{usage.generated_tokens} tokens{draft_tokens(usage)}",
+        decode_speed(usage),
+        f"{counted(usage.generated_tokens, 'token')}{draft_tokens(usage)}",
         f"first token after {usage.first_token_seconds:.2f} s",
     ]
     reply = stream.reply
@@ -102,4 +105,9 @@ def statistics(stream: ChatStream, context: str = "") -> str:
     elif reply.finish_reason == "length":
         full = stream.max_tokens is None or usage.generated_tokens < stream.max_tokens
         parts.insert(0, "cut off: the context is full" if full else "cut off at max_tokens")
-    return "; ".join(filter(None, (", ".join(parts), context)))
+    return "; ".join(filter(None, (", ".join(filter(None, parts)), context)))
+
+
+def decode_speed(usage: Usage) -> str:
+    """The speed after the first token; empty for fewer than `_FEWEST` tokens."""
+    return f"{usage.decode_rate:.1f} tok/s" if usage.generated_tokens >= _FEWEST else ""

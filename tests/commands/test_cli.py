@@ -72,6 +72,12 @@ def test_generate_writes_text_to_stdout_and_the_rest_to_stderr(run: Run) -> None
     assert statistics.endswith("; the text ended")
 
 
+def test_a_text_of_few_tokens_has_no_speed(run: Run) -> None:
+    told = run("generate", str(TINY), SUM, "--temperature", "0", "-n", "1").err.splitlines()[-1]
+    assert "text: 1 token, first after " in told
+    assert ", then " not in told
+
+
 def test_quiet_leaves_stderr_empty(run: Run) -> None:
     done = run("generate", str(TINY), SUM, "--temperature", "0", "--quiet")
     assert (done.out, done.err) == (f"{ANSWER}\n", "")
@@ -143,7 +149,7 @@ def test_convert_prints_where(run: Run, tmp_path: Path, cache: Path) -> None:
         (["generate", str(TINY), ""], "the prompt is empty, and Qwen3 has no start token; give"),
         (["generate", "/no/such", "x", "--top-p", "3"], "top_p is 3.0; it must be a number from 0 to 1"),
         (["generate", "/no/such", "x", "--max-tokens", "0"], "max_tokens is 0; it must be a whole number"),
-        (["generate", str(TINY), SUM, "--context", "20"], "the prompt's 20 tokens leave no room in the"),
+        (["generate", str(TINY), SUM, "--context", "20"], "the prompt is too long: it takes 20 tokens"),
         (["generate", str(TINY), "x", "--bits", "5"], "bits is 5; it can be 3, 4, 8 or 16"),
         (["generate", str(TINY), "x", "--temprature", "1"], "No such option '--temprature'"),
         (["generate", str(TINY)], "Missing argument 'PROMPT'; see npqwen generate --help"),
