@@ -181,7 +181,8 @@ def _continue(chat: TerminalChat, autosave: Autosave) -> bool:
 
 
 def _tell_continued(chat: TerminalChat) -> None:
-    chat.terminal.notice(f"continuing the last conversation: {counted(len(chat.conversation.messages), 'message')}")
+    count = sum(message["role"] != "system" for message in chat.conversation.messages)
+    chat.terminal.notice(f"continuing the last conversation: {counted(count, 'message')}")
 
 
 def converse(chat: TerminalChat, *, keep_history: bool = True, continued: bool = False) -> None:

@@ -29,6 +29,7 @@ _ELSEWHERE = {
     "server": "serve", "start": "serve", "check": "verify", "fsck": "verify", "embedding": "embed",
     "embeddings": "embed", "encode": "embed", "rank": "rerank", "score": "rerank", "diagnose": "doctor",
     "env": "doctor", "man": "help", "docs": "help", "topics": "help", "completion": "completions",
+    "version": "--version",
 }
 """Commands of other programs -> the one here."""
 
@@ -50,7 +51,7 @@ class _Group(Command, click.Group):
         name = args[0]
         if name in COMMANDS or name.startswith("-") or ctx.resilient_parsing:  # set during shell completion
             return super().resolve_command(ctx, args)
-        near = near_names(name, COMMANDS, _ELSEWHERE)
+        near = near_names(name, (*COMMANDS, "--version"), _ELSEWHERE)
         hint = f"; did you mean {alternatives(near)}?" if near else ""
         raise click.UsageError(f"No such command '{name}'{hint}", ctx)
 

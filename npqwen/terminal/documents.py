@@ -123,7 +123,7 @@ class Documents:
         raise OptionError(f"unknown help topic {quoted(topic)}; {hint}npqwen help lists all topics")
 
     def headed(self, topic: str) -> list[Section]:
-        """In order of priority: what is `named` so; sections whose headings begin so; those with such a part in them."""
+        """In order of priority: what is `named` so; sections whose headings begin so; those that have it in them."""
         wanted = _wanted(topic)
         headings = [(one, _words(one.heading), _words(one.topic)) for one in (*self._below, *self._parts)]
         begun = [one for one, own, full in headings if own.startswith(wanted) or full.startswith(wanted)]

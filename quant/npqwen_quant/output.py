@@ -178,7 +178,7 @@ class Output:
                 "choose another place, or remove it yourself"
             )
         if not self._force:
-            raise OutputError(f"{self.path} exists already; choose another place, or replace it with --force")
+            raise OutputError(f"{self.path} exists already; choose another place, or replace it with force (--force)")
 
     def _move_aside(self) -> None:
         """Rename the directory to be replaced, which Windows refuses while a program has mapped a file in it."""

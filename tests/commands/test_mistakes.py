@@ -492,8 +492,8 @@ def test_an_empty_model_is_not_the_current_directory(
 
 
 def test_binary_stdin(run: Run) -> None:
-    assert run("chat", str(TINY), "-", stdin=b"\x89PNG\xff") == "the prompt on stdin is not UTF-8 (at byte 0)"
-    assert run("generate", str(TINY), "-", stdin=b"ab\xff").startswith("the prompt on stdin is not UTF-8 (at byte 2)")
+    assert run("chat", str(TINY), "-", stdin=b"\x89PNG\xff") == "the text on stdin is not UTF-8 (at byte 0)"
+    assert run("generate", str(TINY), "-", stdin=b"ab\xff").startswith("the text on stdin is not UTF-8 (at byte 2)")
     assert run("chat", str(TINY), "", stdin=b" \n") == "there is no question: the argument or stdin is empty"
 
 
@@ -504,5 +504,11 @@ def test_prompts_and_contexts_that_are_too_large(run: Run) -> None:
         "(in Python, yarn=4)"
     )
     assert run("generate", str(TINY), "a b " * 4000) == (
-        "the prompt's 8001 tokens leave no room in the context of 2048; shorten it"
+        "the prompt is too long: it takes 8,001 tokens, and the context is 2,048; shorten it, or load the model with a "
+        "longer context (--context, --yarn)"
     )
+    assert run("bench", str(TINY), "--depth", "4096").endswith(
+        "4,608 tokens do not fit the model's context of 2,048; reduce depth, prefill or decode "
+        "(--depth, --prefill, --decode)"
+    )
+    assert run("version").startswith("No such command 'version'; did you mean --version?")
