@@ -11,7 +11,7 @@ from npqwen.wording import shortened, unreadable
 
 
 def read_text(file: str | BinaryIO, label: str, limit: int | None = None) -> str:
-    """The text of a file in UTF-8, without a byte order mark.
+    """The text of a file in UTF-8, without a byte order mark, and with "\\n" as line ending.
 
     file: a path, which may begin with "~" for the home directory, or an open file. label: its name in messages. limit:
     the most bytes that it may have; None: any number. Raises OptionError for a file that cannot be read, is larger, or
@@ -28,6 +28,6 @@ def read_text(file: str | BinaryIO, label: str, limit: int | None = None) -> str
     if limit is not None and len(data) > limit:
         raise OptionError(f"{label} is larger than {limit / 1e6:.0f} MB; give a smaller one")
     try:
-        return data.decode("utf-8-sig")
+        return data.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise OptionError(f"{label} is not UTF-8 (at byte {error.start})") from None

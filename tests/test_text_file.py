@@ -11,12 +11,12 @@ from npqwen import OptionError
 from npqwen.text_file import read_text
 
 
-def test_the_text_has_no_byte_order_mark(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_text_has_no_byte_order_mark_and_one_line_ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("USERPROFILE", str(tmp_path))
     (tmp_path / "a").write_bytes(b"\xef\xbb\xbfone\r\n")
-    assert read_text("~/a", "a", 8) == "one\r\n"
-    assert read_text(io.BytesIO(b"two"), "stdin", 3) == "two"
+    assert read_text("~/a", "a", 8) == "one\n"
+    assert read_text(io.BytesIO(b"two\r\n\r\nlines"), "stdin", 12) == "two\n\nlines"
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,7 @@ def read_records(file: str, as_json: bool, terminal: Terminal, what: str) -> lis
         as_json = as_json or Path(file).suffix.lower() in (".jsonl", ".ndjson")
         text = read_text(file, file)
     name = "stdin" if file == "-" else file
-    lines = text.replace("\r\n", "\n").split("\n")
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
     places = [f"line {number} of {name}" for number, _ in numbered]
     read = _record if as_json else lambda line, place: Record(line, place, {TEXT: line})
     return [read(line, place) for (_, line), place in zip(numbered, places, strict=True)]

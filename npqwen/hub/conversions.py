@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 Notice = Callable[[str], None]
 Progress = Callable[[int, int], None]
 
+_INVALID_NAME = 123
+"""Windows' error for names that no file can have, such as a URL."""
+
 
 def resolve(
     model: str | os.PathLike[str],
@@ -246,7 +249,7 @@ def _directory(model: str | os.PathLike[str]) -> Path | None:
     except (FileNotFoundError, NotADirectoryError, ValueError):
         return kept_checkpoint(os.path.expanduser(model))
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
+        if error.errno == errno.ENAMETOOLONG or getattr(error, "winerror", None) == _INVALID_NAME:
             return None
         raise ModelNotFoundError(unreadable(model, error)) from None
     if not stat.S_ISDIR(mode):

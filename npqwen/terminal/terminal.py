@@ -59,6 +59,8 @@ class Terminal:
         self._bars = Bars(self.shows_bars, transient=True)
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(encoding="utf-8", errors="surrogateescape")  # the error handler of paths
+            if not sys.stdout.isatty():
+                sys.stdout.reconfigure(newline="\n")  # text for files and pipes is not changed, on Windows neither
 
     def __enter__(self) -> Terminal:
         return self

@@ -170,6 +170,17 @@ def test_a_path_that_is_no_utf8_is_written_as_it_is(monkeypatch: pytest.MonkeyPa
     assert out.getvalue() == b"out\xff/\xc3\xa9\n"
 
 
+def test_only_a_terminal_gets_the_line_ending_of_the_system(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Screen(io.BytesIO):
+        def isatty(self) -> bool:
+            return True
+
+    for out, written in ((io.BytesIO(), b"a\nb\n"), (Screen(), b"a\r\nb\r\n")):
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(out, newline="\r\n"))
+        Terminal().text("a\nb\n")
+        assert out.getvalue() == written
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="does not remove a current directory")
 def test_a_current_directory_that_was_removed_is_one_line(tmp_path: Path) -> None:
     gone = tmp_path / "gone"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -19,7 +20,8 @@ from checkpoints import write_checkpoint
 from npqwen import hub
 from npqwen.errors import CheckpointError, ModelNotFoundError, OptionError, OutputError
 from npqwen.format.quantization import EvaluationRecord, Quantization, store_evaluation
-from npqwen.hub.names import model_name
+from npqwen.hub.conversions import find_source
+from npqwen.hub.names import HubName, model_name
 
 pytestmark = pytest.mark.usefixtures("cache")
 
@@ -125,6 +127,22 @@ def test_a_link_is_the_directory_it_names(checkpoint: Path, tmp_path: Path, conv
         pytest.skip("links are not allowed here")
     assert hub.resolve(tmp_path / "link") == hub.resolve(checkpoint)
     assert len(conversions) == 1
+
+
+def test_a_url_is_a_repository_where_no_file_can_be_called_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    class InvalidName(OSError):
+        winerror = 123
+
+    def refused(path: Path) -> os.stat_result:
+        raise InvalidName(errno.EINVAL, "The filename, directory name, or volume label syntax is incorrect")
+
+    def look_up(name: HubName) -> None:
+        raise ModelNotFoundError(f"looked up: {name}")
+
+    monkeypatch.setattr(Path, "stat", refused)
+    monkeypatch.setattr("npqwen.hub.conversions.look_up", look_up)
+    with pytest.raises(ModelNotFoundError, match=r"^looked up: Qwen/Qwen3-0\.6B$"):
+        find_source("https://huggingface.co/Qwen/Qwen3-0.6B")
 
 
 def test_a_converted_directory_is_used_in_place(checkpoint: Path, tmp_path: Path, conversions: list[Path]) -> None:
