@@ -145,9 +145,11 @@ class Model(Engine):
         Prefixes that are not yet in the prefix cache's directory are written. A draft model that the caller had loaded
         stays open.
         """
-        super().close()
-        if self._loaded_draft is not None:
-            self._loaded_draft.close()
+        try:
+            super().close()
+        finally:
+            if self._loaded_draft is not None:
+                self._loaded_draft.close()
 
     def _compile(self) -> None:
         super()._compile()

@@ -44,8 +44,9 @@ class Entry:
 
     @property
     def pages(self) -> int:
-        """How many pages its prompt and the beginning of its text take."""
-        return ceil_div(min(len(self.prompt) + _ROOM, self.sequence.capacity), PAGE)
+        """How many pages its prompt and its text so far take, or the beginning of the text if that is more."""
+        tokens = len(self.prompt) + max(_ROOM, len(self.sequence.decoding.ids))
+        return ceil_div(min(tokens, self.sequence.capacity), PAGE)
 
     def release(self) -> None:
         """Drop the reference to the cache: a caller who keeps the text must not keep its keys and values in memory."""
