@@ -13,6 +13,7 @@ import npqwen
 from npqwen.chat.chat_options import CHAT_OPTIONS
 from npqwen.generation.option import Option
 from npqwen.generation.options import OPTIONS
+from npqwen.server import monitoring
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [
@@ -26,6 +27,7 @@ DOCUMENTS = [
     ROOT / "quant" / "FORMAT.md",
 ]
 OPTIONS_PAGE = ROOT / "docs" / "options.md"
+SERVER_PAGE = ROOT / "docs" / "server.md"
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 
 
@@ -151,3 +153,13 @@ def test_the_page_of_options_is_up_to_date() -> None:
 
 if __name__ == "__main__":
     OPTIONS_PAGE.write_text(options_page(), encoding="utf-8")
+
+
+def test_the_servers_page_has_all_metrics_and_codes_of_errors() -> None:
+    page = SERVER_PAGE.read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "npqwen" / "server").rglob("*.py")]
+    codes = {code for text in sources for code in re.findall(r'Failure\(\d+, [^\n]*?"([a-z]+_[a-z_]+)"', text)}
+    assert len(codes) > 10
+    assert {code for code in codes if f"`{code}`" not in page} == set()
+    metrics = {f"npqwen_{metric.name}" for metric in monitoring._METRICS}
+    assert {name for name in metrics if f"`{name}`" not in page} == set()

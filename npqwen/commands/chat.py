@@ -40,7 +40,7 @@ if TYPE_CHECKING:
 
 _WAITING = (
     "waiting for text on stdin, which is appended to the question; "
-    f"to ask without it, add < {os.devnull}"
+    "to ask without it, " + ("use $null | npqwen chat ..." if sys.platform == "win32" else f"add < {os.devnull}")
 )
 
 

@@ -313,10 +313,14 @@ class PrefixFiles:
                 return False
             found = newest_first.pop()
             path = self.directory / found.name
-            with contextlib.suppress(OSError):
+            try:
                 if path.stat().st_mtime_ns != found.used:
                     continue  # it was used meanwhile
                 path.unlink()
+            except FileNotFoundError:
+                pass  # another process has removed it
+            except OSError:
+                continue  # another user's, or on Windows, open in another process
             total -= found.size
         return True
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import mmap
+import sys
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -120,8 +121,10 @@ class Weights(_Records):
 
     def __init__(self, directory: Path, config: Config) -> None:
         """Reads no weight. Raises FormatError, naming file and tensor, unless every tensor is there in the right shape
-        and encoding.
+        and encoding, and on a processor whose numbers have the other byte order than the files.
         """
+        if sys.byteorder != "little":
+            raise FormatError("this processor is big-endian, and npqwen runs on little-endian ones only")
         self.directory = directory
         self.quantization = Quantization.from_directory(directory)
         self.tensors: dict[str, MappedTensor] = {}

@@ -38,7 +38,7 @@ def default_threads(root: Path = Path("/")) -> int:
 
 
 def usable_cpus(root: Path = Path("/")) -> int:
-    """The CPUs that this process may use: its affinity, limited by the quotas of its control groups.
+    """The CPUs that this process may use: its affinity (all on macOS and Windows), and its quotas.
 
     root: where /proc and /sys are.
     """

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import glob
-import os
 from collections.abc import Iterable, Iterator
 from inspect import signature
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from npqwen.atomic_file import writing
+from npqwen.atomic_file import sync_file, writing
 from npqwen.errors import CheckpointError, ModelNotFoundError
 from npqwen.format.checksums import digest_of_range
 from npqwen.hub.client_errors import hub_errors, hub_problem, is_missing
@@ -208,7 +207,7 @@ class HubSource(Source):
                 bar = {key: value for key, value in bar.items() if key in known}
                 http_get(place, out, resume_size=out.tell(), headers=headers, expected_size=file.nbytes, **bar)
             out.flush()
-            os.fsync(out.fileno())
+            sync_file(out.fileno())
         if _is_sha256(file.digest):
             with writing(partial):
                 right = digest_of_range(partial, 0, partial.stat().st_size) == file.digest

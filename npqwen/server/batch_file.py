@@ -11,7 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, BinaryIO, Protocol
 
-from npqwen.atomic_file import check_parent, check_regular, new_file, writing
+from npqwen.atomic_file import check_parent, check_regular, new_file, sync_file, writing
 from npqwen.errors import OptionError
 from npqwen.file_lock import try_lock
 from npqwen.server.fields import FieldError, parse_fields
@@ -216,7 +216,7 @@ class BatchOutput:
         with writing(self._path):
             with self._file:
                 self._file.flush()
-                os.fsync(self._file.fileno())
+                sync_file(self._file.fileno())
                 empty = not self._file.seek(0, os.SEEK_END)
                 if sys.platform == "win32":
                     self._file.close()  # an open file cannot be replaced there

@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from types import TracebackType
 
-from npqwen.atomic_file import exchange, sync_directory, writing
+from npqwen.atomic_file import exchange, sync_directory, sync_file, writing
 from npqwen.errors import CheckpointError, OutputError
 from npqwen.format.quantization import is_converted
 from npqwen.wording import size
@@ -112,7 +112,7 @@ class Output:
             with open(path, "wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
             if path.parent != self.work.output:
                 sync_directory(path.parent)
 
@@ -125,7 +125,7 @@ class Output:
             except OSError:
                 shutil.copyfile(file, place)
                 with open(place, "rb+") as copy:
-                    os.fsync(copy.fileno())
+                    sync_file(copy.fileno())
 
     def complete(self) -> None:
         """Rename the directory into place; every file in it must have been synced."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from npqwen.atomic_file import sync_file
+
 WRITE_BYTES = 1 << 21
 """Bytes per write, aligned in the file: Linux keeps each in one huge page, if the file system supports it."""
 
@@ -52,7 +54,7 @@ class PlacedFile:
 def sync(path: Path) -> None:
     """Wait until a file's bytes are on the disk."""
     with open(path, "r+b") as file:
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
 
 
 def _create(path: str, flags: int) -> int:

@@ -27,7 +27,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from npqwen.atomic_file import HEX_DIGITS, PARTIAL, REMOVED, hidden_sibling, sync_directory, writing
+from npqwen.atomic_file import HEX_DIGITS, PARTIAL, REMOVED, hidden_sibling, sync_directory, sync_file, writing
 from npqwen.errors import OutputError
 from npqwen.file_lock import try_lock
 
@@ -167,7 +167,7 @@ class WorkingDirectory:
             with open(partial, "wb") as file:
                 file.write(json.dumps(asdict(journal)).encode())
                 file.flush()
-                os.fsync(file.fileno())
+                sync_file(file.fileno())
             partial.replace(self._journal)
             sync_directory(self.path)
 

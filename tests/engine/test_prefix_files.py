@@ -161,6 +161,27 @@ def test_the_least_recently_used_file_is_removed_first_and_the_bytes_are_bounded
     assert left == [2 * PAGE, 0, 2 * PAGE, 2 * PAGE] or left == [2 * PAGE, 0, PAGE, 2 * PAGE]
 
 
+def test_files_that_cannot_be_removed_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows while another process has them open."""
+    limit = 3 * BYTES + 4096
+
+    unlink = Path.unlink
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        if path.suffix == ".safetensors":
+            raise PermissionError(path)
+        unlink(path, missing_ok)
+
+    store(tmp_path, text(1, 3 * PAGE), limit=limit)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        for seed in range(2, 5):
+            store(tmp_path, text(seed, PAGE), limit=limit)
+    assert sum((tmp_path / name).stat().st_size for name in names(tmp_path)) <= limit
+    store(tmp_path, text(5, PAGE), limit=limit)
+    assert found(opened(tmp_path), np.concatenate([text(5, PAGE), np.zeros(1, np.int32)])) == PAGE
+
+
 def test_of_a_text_larger_than_the_limit_the_beginning_is_written(tmp_path: Path) -> None:
     ids = text(1, 9 * PAGE)
     store(tmp_path, ids, limit=4 * BYTES)
