@@ -12,6 +12,7 @@ from npqwen.errors import OptionError
 from npqwen.structure.grammar_text import lark_text, literal
 from npqwen.structure.instances import instance
 from npqwen.structure.json_values import plain
+from npqwen.structure.limits import EXCEEDED, TOO_COMPLEX, parser_limits
 from npqwen.structure.regex_text import narrowed_classes
 from npqwen.structure.subschemas import mapped
 from npqwen.structure.type_schema import type_schema
@@ -265,7 +266,7 @@ def _matcher_class() -> type[LLMatcher]:
 @lru_cache(32)
 def _problem(grammar: str) -> str:
     """What is wrong with a grammar; "" if nothing is."""
-    failed, messages = _matcher_class().validate_grammar_with_warnings(grammar)
+    failed, messages = _matcher_class().validate_grammar_with_warnings(grammar, limits=parser_limits())
     return reason(messages[0]) if failed else ""
 
 
@@ -275,6 +276,8 @@ def reason(message: str) -> str:
     lines = message.strip().splitlines() or ["no reason is known"]
     last = next((line for line in lines if line.startswith("error: ")), lines[0])
     text = shortened(last.removeprefix("error: "), 300)
+    if any(words in text for words in EXCEEDED):
+        return TOO_COMPLEX
     if text.startswith("Unimplemented keys"):
         text += '; remove them, or ignore them with "x-guidance": {"lenient": true} in the schema'
     return text

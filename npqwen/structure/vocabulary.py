@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from npqwen.errors import OptionError
 from npqwen.structure.constraint import Constraint
+from npqwen.structure.limits import parser_limits
 from npqwen.structure.structure import Structure, reason
 from npqwen.tokenizer import Tokenizer
 
@@ -77,7 +78,7 @@ class Vocabulary:
     def _compile(self, structure: Structure) -> LLMatcher:
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._tokens, structure.grammar, log_level=0)
+        matcher = LLMatcher(self._tokens, structure.grammar, log_level=0, limits=parser_limits())
         if not matcher.is_error():
             matcher.compute_bitmask()  # finds out whether there is a first token
         if matcher.is_error():

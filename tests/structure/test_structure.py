@@ -18,6 +18,7 @@ from reciter import TOKENIZER, recite
 from npqwen.errors import OptionError
 from npqwen.generation.generate import generate, stream
 from npqwen.generation.options import OPTIONS, check_options
+from npqwen.structure import constraint
 from npqwen.structure.grammar_text import language, literal
 from npqwen.structure.regex_text import narrowed_classes
 from npqwen.structure.structure import MAX_SIZE, Structure, narrowed
@@ -126,6 +127,33 @@ def test_a_bomb_gives_an_error_or_a_text_of_bounded_length(options: dict[str, An
     else:
         assert len(done.ids) <= 20
     assert time.perf_counter() - start < 60
+
+
+AMBIGUOUS = "start: s\ns: s s | s s s | c\nc: /[a-z ]/"
+
+
+def test_a_grammar_with_too_many_readings_ends_the_text() -> None:
+    start = time.thread_time()
+    with pytest.raises(OptionError, match=r"grammar cannot be followed: a text can follow it in too many ways; make"):
+        generate(recite("the cat sat on the mat and " * 20), "x", grammar=AMBIGUOUS)
+    assert time.thread_time() - start < 5
+
+
+def test_a_text_whose_tokens_take_too_long_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Clock:
+        now = 0.0
+
+        def thread_time(self) -> float:
+            self.now += 0.5  # what every call of the matcher takes
+            return self.now
+
+    monkeypatch.setattr(constraint, "time", Clock())
+    model = recite("a" * 50)
+    with pytest.raises(OptionError, match="regex cannot be followed: a text can follow it in too many ways"):
+        generate(model, "x", regex="a+")
+    assert 0 < len(model.calls) < 5
+    monkeypatch.setattr(constraint, "TOKEN_SECONDS", 1.5)  # which two or three calls take
+    assert generate(recite("a" * 50), "x", regex="a{50}").text == "a" * 50
 
 
 def test_errors_come_before_anything_is_computed() -> None:
