@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 from npqwen.errors import OptionError
 from npqwen.structure.grammar_text import literal
+from npqwen.structure.schema_numbers import exact_numbers
 from npqwen.structure.structure import Structure, checked, narrowed, with_style
 from npqwen.structure.subschemas import mapped
 from npqwen.tools.calls import CLOSE, OPEN
@@ -41,8 +42,9 @@ def calls_structure(
     write = _json_call if style == "json" else _tagged_call
     bodies = []
     for tool in tools:
-        schema = mapped(tool.parameters, _with_null)
-        checked(f"the schema of the tool {tool.name}", _as_grammar(grammar.styled(schema, tool)))
+        name = f"the schema of the tool {tool.name}"
+        schema = exact_numbers(mapped(tool.parameters, _with_null), name)
+        checked(name, _as_grammar(grammar.styled(schema, tool)))
         bodies.append(grammar.rule(write(tool, schema, grammar)))
     opening, closing = (OPEN, CLOSE) if tokens else (literal(OPEN), literal(CLOSE))
     call = grammar.rule(f'{opening} "\\n" ({" | ".join(bodies)}) "\\n" {closing}')

@@ -14,6 +14,7 @@ from npqwen.structure.instances import instance
 from npqwen.structure.json_values import plain
 from npqwen.structure.limits import EXCEEDED, TOO_COMPLEX, parser_limits
 from npqwen.structure.regex_text import narrowed_classes
+from npqwen.structure.schema_numbers import exact_numbers
 from npqwen.structure.subschemas import mapped
 from npqwen.structure.type_schema import type_schema
 from npqwen.wording import quoted, shortened
@@ -131,12 +132,15 @@ def check_one(options: Mapping[str, Any]) -> None:
         raise OptionError(f"{given[0]} and {given[1]} exclude each other; give one of them")
 
 
-def value_schema(value: Any) -> dict[str, Any]:
-    """The JSON schema of a value of the option `schema`, which is checked, with whitespace as in `JSON_STYLE`."""
+def value_schema(value: Any, name: str = "schema") -> dict[str, Any]:
+    """The JSON schema of a value of the option `schema`, which is checked, with whitespace as in `JSON_STYLE`.
+
+    name: the option's in messages. OptionError for numbers that would be rounded.
+    """
     if value is True:
         schema: dict[str, Any] = {"type": "object"}
     else:
-        schema = narrowed(value if isinstance(value, dict) else type_schema(value))
+        schema = narrowed(exact_numbers(value if isinstance(value, dict) else type_schema(value), name))
     return with_style(schema)
 
 
@@ -202,7 +206,7 @@ def _has_properties(schema: Any) -> bool:
 
 
 def _schema_structure(value: Any, name: str = "schema") -> Structure:
-    schema = value_schema(value)
+    schema = value_schema(value, name)
     try:
         text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
     except (ValueError, RecursionError):

@@ -11,7 +11,7 @@ _SINGLE = (
     *("not", "if", "then", "else"),
 )
 _LISTS = ("anyOf", "oneOf", "allOf", "prefixItems", "items")
-_TABLES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+TABLES = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 """Keywords whose keys are names."""
 
 
@@ -28,6 +28,6 @@ def mapped(schema: Any, change: Callable[[dict[str, Any]], dict[str, Any]]) -> A
             copy[key] = mapped(value, change)
         elif key in _LISTS and isinstance(value, list):
             copy[key] = [mapped(one, change) for one in value]
-        elif key in _TABLES and isinstance(value, Mapping):
+        elif key in TABLES and isinstance(value, Mapping):
             copy[key] = {name: mapped(one, change) for name, one in value.items()}
     return change(copy)

@@ -263,6 +263,50 @@ def test_integers_have_at_most_18_digits_unless_the_schema_says_otherwise() -> N
     )
 
 
+N = 1234567890123456789
+
+
+@pytest.mark.parametrize(
+    ("schema", "message"),
+    [
+        ({"const": N}, f"schema has {N} as const, of which the last digits would be lost; write it as a string"),
+        ({"enum": ["a", -(2**63)]}, f"schema has {-(2**63)} as enum"),
+        ({"properties": {"a": {"const": {"b": [1, {"c": 2**53 + 1}]}}}}, f"schema has {2**53 + 1} as const"),
+        ({"$ref": "#/other/a", "other": {"a": {"const": 2**64}}}, f"schema has {2**64} as const"),
+        ({"const": 10**400}, "as const, of which"),
+        ({"type": "integer", "minimum": 10**30}, f"schema has {10**30} as minimum"),
+        ({"type": "integer", "maximum": -(10**30)}, f"schema has -{10**30} as maximum"),
+        ({"type": "integer", "exclusiveMinimum": 2**53}, f"{2**53} as exclusiveMinimum, of which the last digits"),
+        ({"type": "integer", "minimum": N, "maximum": N}, f"choose one from {1 - 2**53} to {2**53 - 1}"),
+        ({"type": "integer", "multipleOf": 10**7}, "schema has 10000000 as multipleOf; choose one of at most 1,0"),
+        ({"type": "number", "multipleOf": 0.12345678}, "schema has 0.12345678 as multipleOf"),
+    ],
+)
+def test_numbers_that_would_be_rounded_are_refused(schema: dict[str, Any], message: str) -> None:
+    with pytest.raises(OptionError) as refused:
+        check_options({"schema": schema})
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "value", [0, 2**53 - 1, 1 - 2**53, 0.1, [1, {"a": 9007199254740991}], {"minimum": -5}, {"const": [2**40]}]
+)
+def test_numbers_of_a_schema_are_written_to_the_digit(value: Any) -> None:
+    assert generate(recite(""), "x", schema={"const": value}, max_tokens=50).text == json.dumps(value)
+    assert generate(recite(""), "x", schema={"enum": [value]}, max_tokens=50).text == json.dumps(value)
+
+
+def test_bounds_of_64_bits_allow_any_integer_of_18_digits() -> None:
+    for low, high in ((-(2**63), 2**63 - 1), (0, 2**64 - 1), (-(10**30), 10**30)):
+        schema = {"type": "integer", "minimum": low, "maximum": high, "default": 2**64}
+        assert accepts(str(10**18 - 1), schema=schema)
+        assert accepts(str(1 - 10**18), schema=schema) == (low < 0)
+        assert not accepts(str(2**63), schema=schema)
+    assert accepts(str(10**16), schema={"type": "integer", "minimum": 10**16})
+    assert not accepts(str(10**16 - 1), schema={"type": "integer", "minimum": 10**16})
+    assert accepts('{"maximum": 5}', schema={"properties": {"maximum": {"type": "integer", "maximum": 2**63}}})
+
+
 def test_the_users_own_blanks_come_first() -> None:
     schema = {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}}, "required": ["a", "b"]}
     assert generate(recite(""), "x", schema=schema).text == '{"a": 1, "b": 2}'
