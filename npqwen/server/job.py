@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +16,9 @@ from npqwen.chat.prepared_answer import prepare
 from npqwen.checks import check_whole
 from npqwen.generation.sequence import Sequence
 from npqwen.server.exchange import cache_salt
-from npqwen.server.requests import ChatRequest, Request
+from npqwen.server.requests import ChatRequest, Request, in_field
 from npqwen.server.run import Completed, Progress, Run, Scored
+from npqwen.structure.structure_error import StructureError
 
 if TYPE_CHECKING:
     from npqwen.generation.batch import Batch
@@ -87,7 +88,7 @@ class Job:
                 self._send(choice, event)
         else:
             self._failed = True
-            self._post(self.run, error)
+            self._post(self.run, in_field(error, choice.fields))
             self.leave()
 
 
@@ -96,8 +97,10 @@ class Choice:
 
     sequence: Sequence
 
-    def __init__(self, index: int) -> None:
+    def __init__(self, index: int, fields: Mapping[str, str]) -> None:
+        """fields: the request's."""
         self.index = index
+        self.fields = fields
         self.answer: Answer | None = None
         self.notices: list[str] = []
         self.report: Callable[[Progress], None] = lambda progress: None
@@ -152,10 +155,13 @@ def prepare_choices(model: Model, request: Request) -> list[Choice]:
     given["cache_salt"] = cache_salt(given.get("cache_salt"))
     choices: list[Choice] = []
     for index in range(n):
-        choice = Choice(index)
+        choice = Choice(index, request.fields)
         options: Any = given | {"seed": None if seed is None else seed + index}
         options["progress"] = None if index else choice.progress
-        choice.sequence = Sequence(model, prompt, **options)
+        try:
+            choice.sequence = Sequence(model, prompt, **options)
+        except StructureError as error:
+            raise in_field(error, request.fields) from None
         if prepared is not None:
             choice.answer = prepared.answer(choice.sequence.decoding)
             choice.notices = prepared.notices

@@ -11,6 +11,7 @@ from npqwen.errors import OptionError
 from npqwen.generation.decoding import Prompt
 from npqwen.generation.options import OPTIONS, GenerationOptions
 from npqwen.server.fields import FieldError
+from npqwen.structure.structure_error import StructureError
 
 if TYPE_CHECKING:
     from npqwen.engine.prefix_page import Ids
@@ -67,6 +68,14 @@ class ReadRequest:
 
 
 Request = ChatRequest | TextRequest
+
+
+def in_field(error: BaseException, fields: Mapping[str, str]) -> BaseException:
+    """An error about a structure as one about the field that it comes from; any other error as it is."""
+    if not isinstance(error, StructureError):
+        return error
+    field = fields.get(error.option, error.option)
+    return FieldError(f"{field} {error.problem}", field)
 
 
 def _checked(options: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from npqwen.errors import OptionError
 from npqwen.structure.limits import TOO_COMPLEX
 from npqwen.structure.structure import reason
+from npqwen.structure.structure_error import StructureError
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher
@@ -80,6 +81,6 @@ class Constraint:
         yield
         self._excess += time.thread_time() - start
         if self._matcher.is_error():
-            raise OptionError(f"{self._option} cannot be followed: {reason(self._matcher.get_error())}")
+            raise StructureError(self._option, f"cannot be followed: {reason(self._matcher.get_error())}")
         if self._excess > EXCESS_SECONDS:
-            raise OptionError(f"{self._option} cannot be followed: {TOO_COMPLEX}")
+            raise StructureError(self._option, f"cannot be followed: {TOO_COMPLEX}")

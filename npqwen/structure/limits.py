@@ -18,6 +18,10 @@ TOO_COMPLEX = (
 EXCEEDED = ("Too many items", "Current row has", "too many expressions", "too many states", "fuel")
 """What is in llguidance's messages where a text exceeds its limits."""
 
+TOO_LARGE = "it has too many rules and alternatives; make it smaller"
+TOO_LARGE_REPORTS = ("grammar.symbols.len()", "grammar size (number of symbols) too big")
+"""What is in llguidance's messages about a grammar of more than 65,525 symbols, or half a million in its rules."""
+
 
 def parser_limits() -> LLParserLimits:
     """The limits, to be given wherever llguidance reads a grammar."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
@@ -12,7 +13,7 @@ from npqwen.errors import OptionError
 from npqwen.structure.grammar_text import lark_text, literal
 from npqwen.structure.instances import instance
 from npqwen.structure.json_values import plain
-from npqwen.structure.limits import EXCEEDED, TOO_COMPLEX, parser_limits
+from npqwen.structure.limits import EXCEEDED, TOO_COMPLEX, TOO_LARGE, TOO_LARGE_REPORTS, parser_limits
 from npqwen.structure.regex_text import narrowed_classes
 from npqwen.structure.schema_numbers import exact_numbers
 from npqwen.structure.subschemas import mapped
@@ -274,12 +275,20 @@ def _problem(grammar: str) -> str:
     return reason(messages[0]) if failed else ""
 
 
+_DETAILS = re.compile(r"\n<(?:state|non-verbose|backtrace)\b")
+"""What begins the part of llguidance's messages that is for its developers."""
+
+
 def reason(message: str) -> str:
     """llguidance's message on one line, without its excerpts of the grammar."""
-    message = message.partition("\n<state>")[0]
+    message = _DETAILS.split(message, maxsplit=1)[0]
     lines = message.strip().splitlines() or ["no reason is known"]
     last = next((line for line in lines if line.startswith("error: ")), lines[0])
     text = shortened(last.removeprefix("error: "), 300)
+    if "NoExtensionBias" in text:
+        return "no text can have this structure"
+    if any(words in text for words in TOO_LARGE_REPORTS):
+        return TOO_LARGE
     if any(words in text for words in EXCEEDED):
         return TOO_COMPLEX
     if text.startswith("Unimplemented keys"):

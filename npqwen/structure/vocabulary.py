@@ -7,10 +7,10 @@ from collections.abc import Set
 from threading import Lock
 from typing import TYPE_CHECKING
 
-from npqwen.errors import OptionError
 from npqwen.structure.constraint import Constraint
 from npqwen.structure.limits import parser_limits
 from npqwen.structure.structure import Structure, reason
+from npqwen.structure.structure_error import StructureError
 from npqwen.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -82,7 +82,7 @@ class Vocabulary:
         if not matcher.is_error():
             matcher.compute_bitmask()  # finds out whether there is a first token
         if matcher.is_error():
-            raise OptionError(f"{structure.option} cannot be used: {reason(matcher.get_error())}")
+            raise StructureError(structure.option, f"cannot be used: {reason(matcher.get_error())}")
         return matcher
 
 

@@ -28,6 +28,7 @@ from npqwen.server.worker import Worker
 
 CHAT, TEXT = "/v1/chat/completions", "/v1/completions"
 HELLO: Any = [{"role": "user", "content": "Hello"}]
+AMBIGUOUS = "start: s\ns: s s | s s s | c\nc: /[a-z ]/"
 BODIES = int(os.environ.get("NPQWEN_FUZZED_BODIES", "300"))
 
 
@@ -94,6 +95,17 @@ def error_of(response: httpx.Response) -> dict[str, Any]:
         ({"messages": HELLO, "guided_choice": []}, "guided_choice", "guided_choice is []"),
         ({"messages": HELLO, "grammar": "hello"}, "grammar", "grammar begins"),
         ({"messages": HELLO, "json_schema": {"type": "colour"}}, "json_schema", "json_schema cannot be used"),
+        (
+            {"messages": HELLO, "guided_grammar": "start: start"},
+            "guided_grammar",
+            "guided_grammar cannot be used: no text can have this structure",
+        ),
+        ({"messages": HELLO, "guided_json": {"const": 2**60}}, "guided_json", "guided_json has 1152921504606846976 as"),
+        (
+            {"messages": HELLO, "temperature": 1, "max_tokens": 300, "guided_grammar": AMBIGUOUS},
+            "guided_grammar",
+            "guided_grammar cannot be followed: a text can follow it in too many ways",
+        ),
         ({"messages": HELLO, "reasoning_effort": "huge"}, "reasoning_effort", "one of none, minimal, low"),
     ],
 )

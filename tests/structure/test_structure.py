@@ -21,7 +21,7 @@ from npqwen.generation.options import OPTIONS, check_options
 from npqwen.structure import constraint
 from npqwen.structure.grammar_text import language, literal
 from npqwen.structure.regex_text import narrowed_classes
-from npqwen.structure.structure import MAX_SIZE, Structure, narrowed
+from npqwen.structure.structure import MAX_SIZE, Structure, narrowed, reason
 from npqwen.structure.vocabulary import vocabulary_of
 from npqwen.tokenizer import Tokenizer
 
@@ -154,6 +154,31 @@ def test_a_text_whose_tokens_take_too_long_ends(monkeypatch: pytest.MonkeyPatch)
     assert 0 < len(model.calls) < 5
     monkeypatch.setattr(constraint, "TOKEN_SECONDS", 1.5)  # which two or three calls take
     assert generate(recite("a" * 50), "x", regex="a{50}").text == "a" * 50
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "problem"),
+    [
+        ("schema", {"$ref": "#"}, "no text can have this structure"),
+        ("schema", {"type": "number", "multipleOf": 0.01, "minimum": 3.141, "maximum": 3.159}, "no text can have"),
+        ("regex", "[^\x00-\U0010ffff]", "no text can have this structure"),
+        ("grammar", "start: start", "no text can have this structure"),
+    ],
+    ids=["ref", "multiple", "class", "rule"],
+)
+def test_what_only_a_vocabulary_shows_is_refused_in_plain_words(option: str, value: Any, problem: str) -> None:
+    structure = Structure.of(check_options({option: value}))
+    assert structure is not None
+    with pytest.raises(OptionError) as refused:
+        vocabulary_of(TOKENIZER, 4128, {4098}).compiled(structure)
+    assert str(refused.value).startswith(f"{option} cannot be used: {problem}")
+
+
+def test_what_llguidance_says_about_itself_is_not_repeated() -> None:
+    large = "it has too many rules and alternatives; make it smaller"
+    assert reason("panic: assertion failed: grammar.symbols.len() < u16::MAX\n<backtrace>\n   0: <unknown>") == large
+    assert reason("at 1(8): grammar size (number of symbols) too big (limit for this grammar: 5)\n  1 | s") == large
+    assert reason("Wrong: x\n<non-verbose/>") == reason("Wrong: x\n<state>\nTokens: y") == "Wrong: x"
 
 
 def test_errors_come_before_anything_is_computed() -> None:
