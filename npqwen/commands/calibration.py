@@ -40,7 +40,7 @@ the example model gets worse than without calibration or stays as it is; 2,000 t
 """
 
 MEASURED_TOKENS = 2048
-"""Most tokens on which a conversion is measured: enough to know its mean divergence to within 10 %."""
+"""Most tokens on which a conversion is measured: enough to know its mean divergence to within 10%."""
 
 _MEASURED_SEQUENCES = MEASURED_TOKENS // TOKENS
 

@@ -11,7 +11,7 @@ from npqwen.format.config import Config
 from npqwen.format.layout import ceil_div
 
 _BLOCK = 256
-"""Positions that are computed at once. A cosine takes 0.1 µs: those of 8 sequences would take 1 % of every step."""
+"""Positions that are computed at once. A cosine takes 0.1 µs: those of 8 sequences would take 1% of every step."""
 
 
 class Rope:

@@ -226,4 +226,4 @@ class TerminalChat:
     def context_usage(self) -> str:
         """How much of the context is in use; empty while that is unknown."""
         limit = self.model.context
-        return "" if self.used is None else f"context {self.used:,} of {limit:,} ({100 * self.used / limit:.0f} %)"
+        return "" if self.used is None else f"context {self.used:,} of {limit:,} ({100 * self.used / limit:.0f}%)"

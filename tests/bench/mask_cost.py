@@ -137,7 +137,7 @@ def main(args: list[str]) -> None:
     print(f"vocabulary made in {time.perf_counter() - start:.2f} s")
     step = decode_seconds(given.model, given.threads, 60)
     print(f"decode step: {1e3 * step:.2f} ms\n")
-    print("| structure | drawn | forced | first mask, ms | median, us | 99 %, us | share of a step |")
+    print("| structure | drawn | forced | first mask, ms | median, us | 99%, us | share of a step |")
     print("|---|---|---|---|---|---|---|")
     for name, options in STRUCTURES.items():
         if "schema" in options:

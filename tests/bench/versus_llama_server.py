@@ -95,9 +95,9 @@ def measure_mix(contender: Contender, random: Random, clients: int, each: int, t
 
 SUMMARIES: dict[str, tuple[str, Callable[[Sequence[float]], float]]] = {
     "mix: first text, median, ms": ("first", lambda seconds: 1e3 * float(np.median(seconds))),
-    "mix: first text, 95 %, ms": ("first", lambda seconds: 1e3 * float(np.quantile(seconds, 0.95))),
+    "mix: first text, 95%, ms": ("first", lambda seconds: 1e3 * float(np.quantile(seconds, 0.95))),
     "mix: gap, median, ms": ("gaps", lambda seconds: 1e3 * float(np.median(seconds))),
-    "mix: gap, 99 %, ms": ("gaps", lambda seconds: 1e3 * float(np.quantile(seconds, 0.99))),
+    "mix: gap, 99%, ms": ("gaps", lambda seconds: 1e3 * float(np.quantile(seconds, 0.99))),
     "mix: gap, longest, ms": ("gaps", lambda seconds: 1e3 * max(seconds)),
 }
 """Rows of the table that are made of all rounds' values."""

@@ -52,7 +52,7 @@ def test_logits_of_transformers_in_pieces_of_any_size(models: Callable[[str], Mo
 
 @pytest.mark.parametrize("name", HYBRIDS)
 def test_rounding_costs_what_it_costs_a_layer(models: Callable[[str], Model], hybrid: Any, name: str) -> None:
-    # Products of random queries and keys are near 0, so a layer makes ten times as much of the 0.5 and 4 % of the
+    # Products of random queries and keys are near 0, so a layer makes ten times as much of the 0.5 and 4% of the
     # embedding, and further layers make noise of it.
     ids, _, _ = golden(name)
     exact = models(name).hidden(ids, [0, 1])

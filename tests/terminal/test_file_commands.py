@@ -34,7 +34,7 @@ def test_save_and_load(model: Model, tmp_path: Path, say: Say) -> None:
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["talk.json", "talk.json.npqwen-cache"]
     assert json.loads(path.read_text())["thinking"] is False
     other = chat_with(model, temperature=0)
-    assert f"loaded {path}: 2 messages; context 34 of 2,048 (2 %)\n" in say(other, f"/load {path}")
+    assert f"loaded {path}: 2 messages; context 34 of 2,048 (2%)\n" in say(other, f"/load {path}")
     assert other.conversation.thinking is False
     assert other.conversation.messages == chat.conversation.messages
     assert other.conversation.tokens == chat.conversation.tokens > 0
