@@ -47,7 +47,7 @@ def test_from_python(converted: Path) -> None:
         assert "".join(model.stream(SUM, temperature=0, max_tokens=6)) == "<think>\n17 + "
         sampled = {model.generate("A river is", seed=seed, max_tokens=8).text for seed in (1, 1, 2, 3)}
         assert 1 < len(sampled) < 4
-        with pytest.raises(npqwen.ContextLengthError, match="context of 100"):
+        with pytest.raises(npqwen.ContextLengthError, match="context is 100"):
             model.generate("1 " * 60)
     finally:
         model.close()

@@ -138,7 +138,7 @@ def test_an_empty_prompt_is_refused_with_a_hint(model: ReferenceModel) -> None:
 def test_ids_that_the_model_does_not_have_are_refused(model: ReferenceModel, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(OptionError, match="the prompt has token id 4128; the model's are 0 to 4127"):
         Stream(model, [1, 4128])
-    monkeypatch.setattr(model.tokenizer, "encode", lambda text: [1, 4128])
+    monkeypatch.setattr(model.tokenizer, "encode", lambda text, limit=None: [1, 4128])
     with pytest.raises(CheckpointError, match=r"token id 4128 but the model has 4128 embeddings; is .*tokenizer\.json"):
         Stream(model, "x")
 

@@ -71,6 +71,14 @@ def test_what_came_while_the_page_was_closed_is_there(
     page.close()
 
 
+def is_back(page: Page) -> bool:
+    """Whether the page has been left for the previous one, which is there; nothing can be evaluated until then."""
+    try:
+        return bool(page.evaluate("location.protocol === 'http:' && document.readyState === 'complete'"))
+    except AssertionError:
+        return False
+
+
 def test_the_back_button_loses_nothing(
     browser: Browser, scripted: tuple[ScriptedModels, str], finish: Any
 ) -> None:
@@ -78,6 +86,7 @@ def test_the_back_button_loses_nothing(
     page.load("about:blank")
     models.put(Text(" two"))
     page.evaluate("void history.back()")
+    wait_until(lambda: is_back(page))
     page.until_text(ANSWER, "one two")
     models.put(Text(" three"), finish)
     idle(page)
