@@ -18,9 +18,9 @@ from npqwen.structure.structure_error import StructureError
 if TYPE_CHECKING:
     from llguidance import LLMatcher
 
-TOKEN_SECONDS = 0.02
-"""The CPU time that a token's constraint may take; most take less than 1 ms."""
-EXCESS_SECONDS = 2.0
+TOKEN_SECONDS = 0.05
+"""The CPU time that a token's constraint may take; most take less than 1 ms (Zen 5)."""
+EXCESS_SECONDS = 3.0
 """How much more a text may take before it ends: other texts of the batch wait meanwhile."""
 
 
