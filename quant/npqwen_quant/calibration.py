@@ -24,7 +24,7 @@ from npqwen.format.layout import pad
 from npqwen_quant import moments
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.delta_moments import recurrent
-from npqwen_quant.feedback import WIDEST, Factor, factor, fit_with_feedback
+from npqwen_quant.feedback import WIDEST, MomentFactor, factor, fit_with_feedback
 from npqwen_quant.fit import fit
 from npqwen_quant.moments import Moments
 from npqwen_quant.placed_file import sync
@@ -248,7 +248,7 @@ class _Run:
 
     def _fit(self, found: Mapping[str, Moments]) -> None:
         """Fit matrices with the moments of their inputs."""
-        factors: dict[int, list[Factor]] = {}
+        factors: dict[int, list[MomentFactor]] = {}
         for name, inputs in found.items():
             if name not in self.codebooks:
                 continue
@@ -258,7 +258,7 @@ class _Run:
             self._unsynced.append(name)
             self._count([name])
 
-    def _parts(self, name: str, factors: list[Factor]) -> Iterable[tuple[U8, I8, F32]]:
+    def _parts(self, name: str, factors: list[MomentFactor]) -> Iterable[tuple[U8, I8, F32]]:
         source, book = self.sources[name], self.codebooks[name]
         looked_up_only = name == "model.embed_tokens.weight" and not self.config.tie_word_embeddings
         for first in range(0, source.shape[0], _ROWS):

@@ -34,7 +34,7 @@ from npqwen_quant.search import (
 )
 
 STEP = 128
-"""Columns between two products of all errors so far with U (Factor.feedback)."""
+"""Columns between two products of all errors so far with U (MomentFactor.feedback)."""
 
 WIDEST = 6144
 """Most columns whose moments are factored as one matrix. The columns of a wider matrix are divided into groups of about
@@ -51,7 +51,7 @@ _MARGIN = np.float32(1.2)
 
 
 @dataclass(frozen=True)
-class Factor:
+class MomentFactor:
     """The inverse of the second moments H of a group of columns as U^T D^-1 U."""
 
     feedback: F32
@@ -62,8 +62,8 @@ class Factor:
     """The maximum of D."""
 
 
-def factor(moments: F32, damping: float = DAMPING) -> Factor:
-    """Factor second moments (columns, columns), symmetric.
+def factor(moments: F32, damping: float = DAMPING) -> MomentFactor:
+    """MomentFactor second moments (columns, columns), symmetric.
 
     Works for any input: if the moments have no Cholesky decomposition, the damping grows until they have one; moments
     that are not finite give a factor without feedback. Columns whose inputs are all 0 have no feedback.
@@ -72,7 +72,7 @@ def factor(moments: F32, damping: float = DAMPING) -> Factor:
     diagonal = np.diag(moments).astype(np.float64)
     used = diagonal > 0
     if not np.isfinite(moments).all() or not used.any():
-        return Factor(np.eye(columns, dtype=np.float32), np.ones(columns, np.float32))
+        return MomentFactor(np.eye(columns, dtype=np.float32), np.ones(columns, np.float32))
     # The decomposition of correlations is as accurate for small inputs as for large ones.
     scale = np.sqrt(np.where(used, diagonal, diagonal.max()))
     correlations = (moments / scale / scale[:, None]).astype(np.float32)
@@ -90,7 +90,7 @@ def factor(moments: F32, damping: float = DAMPING) -> Factor:
     importance = (root.astype(np.float64) * scale) ** 2
     importance[~used] = importance[used].min()
     largest = float(importance.max())
-    return Factor(feedback, (importance / largest).astype(np.float32), largest)
+    return MomentFactor(feedback, (importance / largest).astype(np.float32), largest)
 
 
 def _inverse_of_triangular(upper: F32) -> F32:
@@ -189,7 +189,7 @@ def _round_step(
 
 
 def fit_with_feedback(
-    rows: F32, codebook: F32 | Codebook, factors: list[Factor], executor: Executor | None = None, threads: int = 1
+    rows: F32, codebook: F32 | Codebook, factors: list[MomentFactor], executor: Executor | None = None, threads: int = 1
 ) -> tuple[U8, I8, F32]:
     """Like npqwen_quant.fit.fit, but minimize the squared error of the products with the calibration's inputs.
 
@@ -222,7 +222,7 @@ def fit_with_feedback(
 
             def round_rows(
                 row: int,
-                group: Factor = group,
+                group: MomentFactor = group,
                 corrections: F32 = corrections,
                 errors: F32 = errors,
                 start: int = start,
@@ -263,7 +263,7 @@ def fit_with_feedback(
     return indices[:, :columns], block_scales, row_scales
 
 
-def _losses(errors: F32, group: Factor) -> npt.NDArray[np.float64]:
+def _losses(errors: F32, group: MomentFactor) -> npt.NDArray[np.float64]:
     """The squared output error that the errors of a group of columns cause in each row."""
     losses: npt.NDArray[np.float64] = np.einsum("rc,rc,c->r", errors, errors, group.importance, dtype=np.float64)
     return group.largest * losses
@@ -274,7 +274,7 @@ def _plain_losses(
     fitted: tuple[U8, I8, F32],
     book: Codebook,
     powers: F32,
-    factors: list[Factor],
+    factors: list[MomentFactor],
     inverses: list[list[F32]],
 ) -> npt.NDArray[np.float64]:
     """The squared output error of a fit without feedback in each row, in the same unit as _losses."""

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from npqwen_quant.feedback import Factor, factor, fit_with_feedback
+from npqwen_quant.feedback import MomentFactor, factor, fit_with_feedback
 from npqwen_quant.fit import fit
 
 CODEBOOKS = {
@@ -237,5 +237,5 @@ def test_columns_that_do_not_fill_blocks() -> None:
 def test_factors_of_other_columns_are_refused() -> None:
     with pytest.raises(ValueError, match="columns"):
         fit_with_feedback(
-            weights(4, 64), CODEBOOKS["4 bits"], [Factor(np.eye(32, dtype=np.float32), np.ones(32, np.float32))]
+            weights(4, 64), CODEBOOKS["4 bits"], [MomentFactor(np.eye(32, dtype=np.float32), np.ones(32, np.float32))]
         )
