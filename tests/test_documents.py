@@ -158,7 +158,8 @@ if __name__ == "__main__":
 def test_the_servers_page_has_all_metrics_and_codes_of_errors() -> None:
     page = SERVER_PAGE.read_text(encoding="utf-8")
     sources = [path.read_text(encoding="utf-8") for path in (ROOT / "npqwen" / "server").rglob("*.py")]
-    codes = {code for text in sources for code in re.findall(r'Failure\(\d+, [^\n]*?"([a-z]+_[a-z_]+)"', text)}
+    failure = re.compile(r'Failure\(\s*\d+,(?:[^\n]|\n {4})*?"([a-z]+_[a-z_]+)"')
+    codes = {code for text in sources for code in failure.findall(text)}
     assert len(codes) > 10
     assert {code for code in codes if f"`{code}`" not in page} == set()
     metrics = {f"npqwen_{metric.name}" for metric in monitoring._METRICS}
