@@ -254,11 +254,13 @@ class Batch:
 
         A pass without prompts is filled with draft tokens, up to `PASS` tokens in all.
         """
+        steps: list[Entry] = []
+        short: list[Entry] = []
+        long: list[Entry] = []
         for entry in self._running:
             entry.sequence.draft(0)
-        steps = [entry for entry in self._running if entry.sequence.pending_count == 1]
-        short = [entry for entry in self._running if 1 < entry.sequence.pending_count <= _SHORT]
-        long = [entry for entry in self._running if entry.sequence.pending_count > _SHORT]
+            count = entry.sequence.pending_count
+            (steps if count == 1 else short if count <= _SHORT else long).append(entry)
         writes = any(not entry.sequence.reads_prompt for entry in self._running)
         room = self._speed.tokens_in(STALL if long and writes else ALONE)
         chosen: list[tuple[Entry, int]] = []
@@ -281,8 +283,9 @@ class Batch:
         """Add pieces of these sequences, in this order and of at most `most` tokens in all, to those of a pass."""
         most = min(most, self._model.chunk - _tokens(chosen))
         for entry in entries:
-            if most > 0:
-                size = entry.cache.span(min(entry.sequence.pending_count, most))
+            size = min(entry.sequence.pending_count, most)
+            if size > 0:
+                size = entry.cache.span(size)
                 chosen.append((entry, size))
                 most -= size
 
