@@ -7,10 +7,12 @@ import os
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from npqwen.atomic_file import exchange, new_file
+from npqwen import atomic_file
+from npqwen.atomic_file import exchange, new_file, sync_file
 from npqwen.errors import OutputError
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="links, permissions and devices of POSIX")
@@ -28,6 +30,23 @@ def test_the_file_appears_when_it_is_complete(tmp_path: Path) -> None:
         assert path.read_bytes() == b"one"
     assert path.read_bytes() == b"other"
     assert os.listdir(path.parent) == ["file"]
+
+
+@posix
+@pytest.mark.parametrize("supported", [True, False])
+def test_macos_empties_the_cache_of_the_drive(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+
+    def fcntl(descriptor: int, command: int) -> None:
+        calls.append((descriptor, command))
+        if not supported:
+            raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(atomic_file, "fcntl", SimpleNamespace(fcntl=fcntl, F_FULLFSYNC=51), raising=False)
+    monkeypatch.setattr(os, "fsync", calls.append)
+    sync_file(7)
+    assert calls == [(7, 51), *([] if supported else [7])]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,9 @@ finally:
 """
 
 
+WITHOUT_STDIN = "use $null | npqwen chat ..." if sys.platform == "win32" else f"add < {os.devnull}"
+
+
 def asking(*arguments: str, patience: float = 0.05) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", ASK, str(Path(__file__).parents[1]), str(patience), "chat", "m", *arguments],
@@ -117,7 +120,7 @@ def test_a_silent_stdin_is_told_and_what_comes_later_is_not_lost(text: str) -> N
         assert process.stderr is not None
         notice = process.stderr.readline()
         assert notice == (
-            f"waiting for text on stdin, which is appended to the question; to ask without it, add < {os.devnull}\n"
+            f"waiting for text on stdin, which is appended to the question; to ask without it, {WITHOUT_STDIN}\n"
         )
         assert process.poll() is None
         out, err = process.communicate(text, timeout=300)

@@ -51,6 +51,12 @@ def check(directory: Path, tolerance: float = 0.05, lengths: Sequence[int] = (le
             assert np.abs(difference).max() < tolerance * np.abs(expected).max()
 
 
+def test_big_endian_processors_are_refused(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "byteorder", "big")
+    with pytest.raises(FormatError, match="this processor is big-endian"):
+        Weights(model, Config.from_directory(model))
+
+
 @pytest.mark.parametrize(("bits", "tolerance"), [(4, 0.05), (8, 0.05), (16, 2e-5)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_model_made_by_hand(tmp_path: Path, bits: int, tolerance: float, tied: bool) -> None:
