@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from tokenizers import Tokenizer as _Tokenizer
 
 from npqwen.checks import check_ids
-from npqwen.errors import CheckpointError, OptionError
+from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.format.tokenizer_file import read_tokenizer
 from npqwen.wording import quoted, shortened
 
@@ -116,8 +116,8 @@ class Tokenizer:
     def encode(self, text: str, limit: int | None = None) -> list[int]:
         """The ids of `text`. Special tokens that are spelled out in it are recognized; none are added.
 
-        limit: if there are more ids than that, only the first few more may be returned, as megabytes of text take
-        seconds and gigabytes of memory.
+        limit: the most ids that are of use. A text of megabytes, which would take seconds and gigabytes of memory, is
+        refused with a ContextLengthError if its beginning has more.
 
         Raises OptionError for anything but a string, for lone surrogates, and for text that the tokenizers library
         cannot process, such as a run of ten million spaces.
@@ -132,25 +132,26 @@ class Tokenizer:
             raise OptionError(
                 f"the text cannot be tokenized: it has more than {_BLANK:,} whitespace characters in a row"
             )
+        if limit is not None and len(text) > _LONG:
+            least = len(self._encoded(text[:_LONG])) - _MERGED
+            if least > limit:
+                raise ContextLengthError(
+                    f"the text is too long: it takes more than {least:,} tokens, and at most {limit:,} fit; shorten it"
+                )
+        return self._encoded(text)
+
+    def _encoded(self, text: str) -> list[int]:
+        """The ids of a valid text. Raises OptionError for what the tokenizers library cannot process."""
         try:
-            if limit is not None and len(text) > _LONG:
-                ids = self._encoded(text[:_LONG])
-                if len(ids) > limit + _MERGED:
-                    return ids
-            ids = self._encoded(text)
+            if len(text) < _LONG // 10:
+                ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
+            else:  # unlike `encode`, `encode_batch` releases the interpreter's lock
+                ids = self._tokenizer.encode_batch([text], add_special_tokens=False)[0].ids
         except BaseException as error:
             if not _is_library_error(error):
                 raise
             raise OptionError(f"the text cannot be tokenized: {shortened(str(error), 200)}") from None
         return ids
-
-    def _encoded(self, text: str) -> list[int]:
-        if len(text) < _LONG // 10:
-            ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False).ids
-            return ids
-        # Unlike `encode`, `encode_batch` releases the interpreter's lock.
-        (encoding,) = self._tokenizer.encode_batch([text], add_special_tokens=False)
-        return list(encoding.ids)
 
     def plain_ids(self, text: str) -> list[int]:
         """The ids of a text in which the names of special tokens are text: no such token is in the result."""

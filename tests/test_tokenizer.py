@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import tokenizers
 
-from npqwen.errors import CheckpointError, OptionError
+from npqwen.errors import CheckpointError, ContextLengthError, OptionError
 from npqwen.tokenizer import StreamDecoder, Tokenizer
 
 TINY = Path(__file__).parents[1] / "examples" / "tiny-qwen3"
@@ -389,7 +389,7 @@ def with_added(path: Path, tokens: list[str]) -> Path:
     return altered(path, added_tokens=added + more)
 
 
-def test_of_a_text_beyond_the_limit_only_the_beginning_is_encoded(
+def test_a_long_text_beyond_the_limit_is_refused_by_its_beginning(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("npqwen.tokenizer._LONG", 1000)
@@ -398,6 +398,6 @@ def test_of_a_text_beyond_the_limit_only_the_beginning_is_encoded(
     whole = tokenizer.encode(text)
     assert whole == tokenizer._tokenizer.encode(text, add_special_tokens=False).ids
     assert tokenizer.encode(text, len(whole)) == whole
-    part = tokenizer.encode(text, 100)
-    assert 100 < len(part) < len(whole)
-    assert part[:-10] == whole[: len(part) - 10]
+    assert len(tokenizer.encode(text[:999], 100)) > 100
+    with pytest.raises(ContextLengthError, match=r"it takes more than \d+ tokens, and at most 100 fit; shorten it"):
+        tokenizer.encode(text, 100)

@@ -344,6 +344,6 @@ def _answer(
     prompter = settings.prompter(model)
 
     def prompts(messages: list[Message]) -> tuple[list[int], list[str]]:
-        return prompter.ids(messages), []
+        return prompter.ids(messages, model.context), []
 
     return ChatStream(model, session, checked(messages), settings, prompts, batch=batch)

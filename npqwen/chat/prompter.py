@@ -43,7 +43,7 @@ class Prompter:
     def ids(self, messages: list[Message], limit: int | None = None) -> list[int]:
         """The ids of the prompt for an answer to `messages`, or for the rest of the answer that they end with.
 
-        limit: if there are more, some may be left out, see `Tokenizer.encode`.
+        limit: see `Tokenizer.encode`.
 
         Raises what `ChatTemplate.render` raises.
         """
