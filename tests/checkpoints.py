@@ -132,9 +132,9 @@ def random_tensors(config: Mapping[str, Any], dtype: str = "BF16", seed: int = 0
 
 
 def write_safetensors(path: Path, tensors: Mapping[str, np.ndarray], dtype: str = "BF16") -> None:
-    """Write float32 tensors as `dtype`, and others unchanged (uint16 as BF16)."""
+    """Write float32 tensors as `dtype`, and others unchanged (uint16 as BF16, uint8 as e4m3, void bytes as U8)."""
     codes = {"uint16": "BF16", "float16": "F16", "float32": "F32", "int64": "I64", "uint8": "F8_E4M3"}
-    codes |= {"int32": "I32", "uint32": "U32", "int8": "I8"}
+    codes |= {"int32": "I32", "uint32": "U32", "int8": "I8", "void8": "U8"}
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     stored, end = [], 0
     for name, values in tensors.items():

@@ -32,6 +32,7 @@ NUMBERS = {
     "Q6_K": 14,
     "IQ4_NL": 20,
     "IQ4_XS": 23,
+    "MXFP4": 39,
 }
 QUANTIZED = [name for name in NUMBERS if name not in ("F32", "F16", "BF16")]
 

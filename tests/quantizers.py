@@ -181,6 +181,92 @@ def mlx(weights: np.ndarray, bits: int = 4, group: int = 8, dtype: str = "BF16")
     return parts, integers.astype(np.float32) * scales[:, groups] + biases[:, groups]
 
 
+E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6], np.float32)
+
+
+def to_e2m1(values: np.ndarray) -> np.ndarray:
+    """The codes (0 to 15) of values of e2m1 near these."""
+    middles = (E2M1[1:] + E2M1[:-1]) / 2
+    codes: np.ndarray = np.searchsorted(middles, np.abs(values)) + 8 * (values < 0)
+    return codes
+
+
+def from_e2m1(codes: np.ndarray) -> np.ndarray:
+    values: np.ndarray = np.where(codes < 8, 1, -1).astype(np.float32) * E2M1[codes % 8]
+    return values
+
+
+def in_pairs(codes: np.ndarray, high_first: bool = False) -> np.ndarray:
+    """Two codes in a byte, the first in its low half, or in its high one; of void, which write_safetensors stores as
+    U8."""
+    first, second = codes[..., ::2].astype(np.uint8), codes[..., 1::2].astype(np.uint8)
+    return (first << 4 | second if high_first else first | second << 4).view("V1")
+
+
+def nvfp4(weights: np.ndarray, group: int = 16, divides: bool = True) -> Any:
+    """compressed-tensors' NVFP4, whose global scale divides the others, or ModelOpt's, whose multiplies them."""
+    grouped = weights.reshape(len(weights), -1, group)
+    factor = np.float32(448 * 6) / np.abs(weights).max() if divides else np.abs(weights).max() / np.float32(448 * 6)
+    codes = to_e4m3(np.abs(grouped).max(2) / 6 * (factor if divides else 1 / factor))
+    scales = E4M3[codes] / factor if divides else E4M3[codes] * factor
+    values = to_e2m1(grouped / np.maximum(scales, 1e-9)[:, :, None])
+    packed_values = in_pairs(values.reshape(weights.shape))
+    if divides:
+        overall = np.array([factor], np.float32)
+        parts = {"weight_packed": packed_values, "weight_scale": codes, "weight_global_scale": overall}
+    else:
+        parts = {"weight": packed_values, "weight_scale": codes, "weight_scale_2": np.array(factor, np.float32)}
+    parts["input_global_scale" if divides else "input_scale"] = np.ones(1, np.float32)
+    return parts, (from_e2m1(values) * scales[:, :, None]).reshape(weights.shape)
+
+
+def microscaled(weights: np.ndarray, bits: int = 4, weight: str = "weight_packed", words: bool = False) -> Any:
+    """MXFP4 or MXFP8. weight: the name of the part. words: as MLX stores it."""
+    grouped = weights.reshape(len(weights), -1, 32)
+    exponents = np.floor(np.log2(np.abs(grouped).max(2))).astype(int) - (2 if bits == 4 else 8)
+    scales = np.exp2(exponents.astype(np.float32))[:, :, None]
+    codes = to_e2m1(grouped / scales) if bits == 4 else to_e4m3(grouped / scales)
+    meant = (from_e2m1(codes) if bits == 4 else E4M3[codes]) * scales
+    codes = codes.reshape(weights.shape)
+    stored = in_pairs(codes) if bits == 4 else codes.astype(np.uint8)
+    parts = {weight: np.ascontiguousarray(stored).view("<u4") if words else stored}
+    parts["scales" if words else "weight_scale"] = (exponents + 127).astype(np.uint8).view("V1")
+    return parts, meant.reshape(weights.shape)
+
+
+def bitsandbytes(weights: np.ndarray, block: int = 64, double: bool = False, offset: float = 0.05) -> Any:
+    """4 bits of bitsandbytes, with 16 values of our own; double: with scales in bytes."""
+    values = np.sort(np.random.default_rng(0).uniform(-1, 1, 16)).astype(np.float32)
+    flat = np.pad(weights.ravel(), (0, -weights.size % block)).reshape(-1, block)
+    scales = np.abs(flat).max(1)
+    state: dict[str, Any] = {"quant_type": "nf4", "blocksize": block, "dtype": "bfloat16", "shape": weights.shape}
+    parts: dict[str, np.ndarray] = {"weight.quant_map": values, "weight.absmax": scales}
+    if double:
+        table = np.linspace(-1, 1, 256).astype(np.float32)
+        centred = np.pad(scales - np.float32(offset), (0, -len(scales) % 4)).reshape(-1, 4)
+        peaks = np.maximum(np.abs(centred).max(1), np.float32(1e-6))
+        codes = np.abs(centred[:, :, None] / peaks[:, None, None] - table).argmin(2)
+        scales = (table[codes] * peaks[:, None] + np.float32(offset)).ravel()[: len(scales)]
+        parts |= {"weight.absmax": codes.ravel()[: len(scales)].astype(np.uint8).view("V1")}
+        parts |= {"weight.nested_quant_map": table, "weight.nested_absmax": peaks}
+        state |= {"nested_blocksize": 4, "nested_dtype": "float32", "nested_offset": float(np.float32(offset))}
+    codes = np.abs(flat[:, :, None] / np.maximum(scales, 1e-9)[:, None, None] - values).argmin(2)
+    meant = (values[codes] * scales[:, None]).ravel()[: weights.size].reshape(weights.shape)
+    stream = codes.ravel()[: weights.size]
+    parts["weight"] = in_pairs(np.pad(stream, (0, weights.size % 2)), high_first=True)[:, None]
+    text = json.dumps(state).encode()
+    parts["weight.quant_state.bitsandbytes__nf4"] = np.frombuffer(text, np.uint8).view("V1")
+    return parts, meant
+
+
+def bitsandbytes_int8(weights: np.ndarray) -> Any:
+    """LLM.int8()."""
+    peaks = np.abs(weights).max(1)
+    integers = np.rint(weights / peaks[:, None] * 127).astype(np.int8)
+    parts = {"weight": integers, "SCB": peaks, "weight_format": np.zeros((), np.uint8).view("V1")}
+    return parts, integers.astype(np.float32) * peaks[:, None] * np.float32(1 / 127)
+
+
 def write_quantized(
     directory: Path,
     config: Mapping[str, Any],

@@ -33,7 +33,7 @@ IGNORED = ("*/*.safetensors", "*/*.json", "*/*.txt", "consolidated*")
 CARD = "README.md"
 """The model card: its metadata may say what the model is for."""
 
-WEIGHTS = ("config.json", "quantize_config.json", "*.safetensors", INDEX)
+WEIGHTS = ("config.json", "quantize_config.json", "hf_quant_config.json", "*.safetensors", INDEX)
 """The files that a converted model's weights depend on."""
 
 

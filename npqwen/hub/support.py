@@ -68,11 +68,11 @@ def check(source: Source, purpose: Purpose) -> None:
 
 def quantized_format(source: Source) -> QuantizedFormat | None:
     """How a checkpoint's weights are quantized; None if they are not. CheckpointError for a format that is not read."""
-    from npqwen_quant.quantized import GPTQ_FILE, format_of
+    from npqwen_quant.quantized import CONFIG_FILES, format_of
 
-    of_gptq = read_json(source.small_file(GPTQ_FILE)) if GPTQ_FILE in source.files else None
+    files = {name: read_json(source.small_file(name)) for name in CONFIG_FILES if name in source.files}
     instead = f"{advice(source.label, source.originals)}, and --bits to quantize it"
-    return format_of(source.raw_config, source.label, of_gptq, instead)
+    return format_of(source.raw_config, source.label, files, instead)
 
 
 def check_purpose(source: Source, purpose: Purpose) -> None:

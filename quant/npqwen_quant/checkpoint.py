@@ -23,7 +23,7 @@ from npqwen_quant.gguf import GgufModel, gguf_files
 from npqwen_quant.gguf_hybrid import undone
 from npqwen_quant.hybrid import in_layout, is_named_by_mlx, is_of_mlx
 from npqwen_quant.mlx import Mlx
-from npqwen_quant.quantized import GPTQ_FILE, KEYS, QuantizedFormat, format_of
+from npqwen_quant.quantized import CONFIG_FILES, KEYS, QuantizedFormat, format_of
 from npqwen_quant.small_file import SmallFile
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
 
@@ -31,7 +31,7 @@ _UNREAD = (*DOCUMENTS, "vocab.json", "merges.txt", "added_tokens.json", "chat_te
 """Small files that npqwen copies without reading them."""
 _DRAFT = "mtp."
 """The prefix of a hybrid's draft layer's names, also in a base model."""
-_PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax")
+_PACKED = (".scales", ".qweight", ".qzeros", ".weight_scale", ".weight_scale_inv", ".weight_packed", ".absmax", ".SCB")
 """Name suffixes of the parts of quantized weights: of MLX, GPTQ and AWQ, FP8, compressed-tensors, bitsandbytes."""
 
 
@@ -97,7 +97,7 @@ class Checkpoint:
         text = text_part(whole)
         raw = whole if text is None else text
         self.has_images = text is not None
-        self.format = format_of(raw, str(directory), self._of_gptq())
+        self.format = format_of(raw, str(directory), self._config_files())
         self.raw_config = {key: value for key, value in raw.items() if key not in KEYS}
         """config.json without its entries on quantization; of a multimodal checkpoint, that of its text part."""
         self.config = Config.from_dict(raw, str(directory / "config.json"))
@@ -209,13 +209,11 @@ class Checkpoint:
         """Names, sizes and times of the last change of all files read so far."""
         return [(str(path), *state) for path, state in self._states.items()]
 
-    def _of_gptq(self) -> dict[str, Any] | None:
-        """The content of its GPTQ_FILE; None if it has none."""
-        path = self.directory / GPTQ_FILE
-        if not path.exists():
-            return None
-        self._watch([path])
-        return read_json(path)
+    def _config_files(self) -> dict[str, dict[str, Any]]:
+        """The content of its CONFIG_FILES."""
+        paths = [path for name in CONFIG_FILES if (path := self.directory / name).exists()]
+        self._watch(paths)
+        return {path.name: read_json(path) for path in paths}
 
     def _watch(self, paths: Iterable[Path]) -> None:
         for path in paths:

@@ -6,6 +6,10 @@ along the rows (int8 in older files), and `weight_g_idx`, the group of each colu
 
 "int-quantized", "float-quantized" and "naive-quantized": `weight` in int8 or e4m3, `weight_scale`, perhaps
 `weight_zero_point` of its shape.
+
+"nvfp4-pack-quantized": `weight_packed` in e2m1, `weight_scale` in e4m3, which is divided by `weight_global_scale`.
+"mxfp4-pack-quantized": `weight_packed` in e2m1, `weight_scale` in e8m0. "mxfp8-quantized": `weight` in e4m3,
+`weight_scale` in e8m0. See npqwen_quant/microscaling.py.
 """
 
 from __future__ import annotations
@@ -20,13 +24,20 @@ import numpy.typing as npt
 from npqwen.errors import CheckpointError
 from npqwen.format.floats import widen
 from npqwen.wording import quoted
-from npqwen_quant.fp8 import FP8, OF_ACTIVATIONS, block_size, blocks_of, check_matrix, scaled
+from npqwen_quant.fp8 import E4M3, FP8, OF_ACTIVATIONS, block_size, blocks_of, check_matrix, scaled
+from npqwen_quant.microscaling import E8M0, E8M0_TYPES, MicroscaledTensor, scalar
 from npqwen_quant.parts import FLOATS, INDICES, WORDS, Module, UnreadableError, modules, packed_words, unpack
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 
-_FORMATS = ("pack-quantized", "int-quantized", "float-quantized", "naive-quantized")
+_FORMATS = (
+    *("pack-quantized", "int-quantized", "float-quantized", "naive-quantized"),
+    *("nvfp4-pack-quantized", "mxfp4-pack-quantized", "mxfp8-quantized"),
+)
 _VALUES = (FP8, "I8")
-_PARTS = {"weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"}
+_PARTS = {
+    *("weight_packed", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx"),
+    "weight_global_scale",
+}
 _INTEGER_BITS = range(2, 9)
 _MOST_GROUPS = 100
 """Most groups of config.json: the block sizes of all groups are tried for every matrix."""
@@ -156,7 +167,9 @@ class CompressedTensors:
         for module in modules(stored):
             weight = module.parts.get("weight")
             if weight is None and _PARTS & module.parts.keys():
-                found[module.weight] = PackedTensor(module, self.bits)
+                packed = module.parts.get("weight_packed")
+                of_floats = packed is not None and packed.stored.dtype == "U8"
+                found[module.weight] = packed_floats(module) if of_floats else PackedTensor(module, self.bits)
                 found |= module.others(*_PARTS, *OF_ACTIVATIONS)
             elif weight is not None and ("weight_scale" in module or weight.stored.dtype in _VALUES):
                 found[module.weight] = self._scaled(module)
@@ -168,7 +181,9 @@ class CompressedTensors:
     def _scaled(self, module: Module) -> SourceTensor:
         """A matrix of int8 or e4m3."""
         weight = module.part("weight", _VALUES)
-        scale = module.part("weight_scale", FLOATS, range(3))
+        scale = module.part("weight_scale", (*FLOATS, *E8M0_TYPES), range(3))
+        if scale.stored.dtype in E8M0_TYPES:
+            return MicroscaledTensor(module, "weight", "weight_scale", 8, E8M0)
         shape = check_matrix(module.weight, weight)
         blocks: dict[tuple[int, ...], tuple[int, int]] = {blocks_of(shape, block): block for block in self.blocks}
         row = (1, shape[1])
@@ -178,3 +193,12 @@ class CompressedTensors:
         for of_scales, block in (((), shape), ((1,), shape), ((1, 1), shape), ((shape[0],), row), ((shape[0], 1), row)):
             blocks.setdefault(of_scales, block)
         return scaled(module.weight, weight, scale, blocks, module.parts.get("weight_zero_point"))
+
+
+def packed_floats(module: Module) -> MicroscaledTensor:
+    """A matrix of "nvfp4-pack-quantized" or "mxfp4-pack-quantized"."""
+    scale = module.part("weight_scale", (FP8, *E8M0_TYPES))
+    if scale.stored.dtype != FP8:
+        return MicroscaledTensor(module, "weight_packed", "weight_scale", 4, E8M0)
+    of_all = scalar(module, "weight_global_scale")
+    return MicroscaledTensor(module, "weight_packed", "weight_scale", 4, E4M3, divisor=of_all)

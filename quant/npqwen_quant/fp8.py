@@ -23,7 +23,7 @@ from npqwen_quant.tensors import PlainTensor, SourceTensor
 FP8 = "F8_E4M3"
 _SCALES = ("weight_scale_inv", "weight_scale")
 OF_ACTIVATIONS = {
-    *("input_scale", "input_zero_point", "activation_scale"),
+    *("input_scale", "input_zero_point", "input_global_scale", "activation_scale"),
     *("q_scale", "k_scale", "v_scale", "output_scale", "prob_output_scale"),  # of a quantized KV cache
 }
 """Names of scales that weights do not need."""

@@ -24,6 +24,9 @@ _PART = 1 << 18
 _NONLINEAR = np.array(
     [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113], np.int8
 )  # ggml's kvalues_iq4nl
+_TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.int8)  # kvalues_mxfp4
+_HALF_E8M0 = np.exp2(np.arange(256) - 128.0).astype(np.float32)
+"""Half the scales that bytes stand for; unlike the standard, ggml knows no NaN."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +118,11 @@ def _iq4_nl(blocks: U8) -> F32:
     return out
 
 
+def _mxfp4(blocks: U8) -> F32:
+    out: F32 = _TWICE_E2M1[_nibbles(blocks[:, 1:], 16)] * _HALF_E8M0[blocks[:, :1]]
+    return out
+
+
 def _q2_k(blocks: U8) -> F32:
     scales, minimums = blocks[:, :16] & 15, blocks[:, :16] >> 4
     scale = (_half(blocks, 80) * scales)[:, :, None]
@@ -190,6 +198,7 @@ TYPES = {
     14: GgmlType("Q6_K", 256, 210, None, _q6_k),
     20: GgmlType("IQ4_NL", 32, 18, None, _iq4_nl),
     23: GgmlType("IQ4_XS", 256, 136, None, _iq4_xs),
+    39: GgmlType("MXFP4", 32, 17, None, _mxfp4),
 }
 """The formats that are read, by ggml's type numbers."""
 
@@ -215,7 +224,6 @@ _OTHERS = {
     33: "Q4_0_8_8",
     34: "TQ1_0",
     35: "TQ2_0",
-    39: "MXFP4",
     40: "NVFP4",
     41: "Q1_0",
     42: "Q2_0",

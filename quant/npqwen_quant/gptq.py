@@ -8,7 +8,7 @@ column of words. `scales`: (groups, rows). `qzeros`: (groups, words), the zeros 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,14 +52,15 @@ class GptqTensor(ColumnsTensor):
         self._scales = module.part("scales", FLOATS)
         self._indices = module.part("g_idx", INDICES, (1,)) if "g_idx" in module else None
         words, rows = self._packed.shape
-        self._bits = self._bits_of(config.bits)
+        self._bits = self._bits_of((config.bits, *config.widths))
         columns = words * 32 // self._bits if self._indices is None else self._indices.shape[0]
         groups = self._scales.shape[0]
         if packed_words(columns, self._bits) != words:
             raise module.error("g_idx", f"has {columns} columns, but qweight has {words} rows of words")
-        size = columns if config.group_size == -1 else config.group_size
-        if self._indices is None and groups != ceil_div(columns, size):
-            raise module.error("scales", f"has {groups} groups; {columns} columns have {ceil_div(columns, size)}")
+        sizes = [columns if size == -1 else size for size in (config.group_size, *config.other_sizes)]
+        size = next((size for size in sizes if groups == ceil_div(columns, size)), 0)
+        if self._indices is None and not size:
+            raise module.error("scales", f"has {groups} groups; {columns} columns have {ceil_div(columns, sizes[0])}")
         module.check_shape("scales", (groups, rows))
         module.check_shape("qzeros", (groups, packed_words(rows, self._bits)))
         self._group_size = size
@@ -67,10 +68,13 @@ class GptqTensor(ColumnsTensor):
         self.shape = rows, columns
         self.nbytes = sum(part.nbytes for kind, part in module.parts.items() if kind in _PARTS)
 
-    def _bits_of(self, usual: int) -> int:
-        """The bits of an integer, by the shape of the zeros: some modules may differ from the configuration."""
+    def _bits_of(self, widths: Iterable[int]) -> int:
+        """The bits of an integer, by the shape of the zeros: some modules may differ from the configuration.
+
+        widths: those that are possible, the most likely one first.
+        """
         rows, words = self._packed.shape[1], self._zeros.shape[1]
-        for bits in (usual, *BITS):
+        for bits in widths:
             if packed_words(rows, bits) == words:
                 return bits
         raise self._module.error("qzeros", f"has {words} words a group, which does not fit {rows} rows")
@@ -111,6 +115,10 @@ class Gptq:
     group_size: int
     """-1: all columns are one group."""
     format: str
+    widths: tuple[int, ...] = BITS
+    """Bits that some modules may have."""
+    other_sizes: tuple[int, ...] = ()
+    """Group sizes that some modules may have."""
 
     @property
     def description(self) -> str:

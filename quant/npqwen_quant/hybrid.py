@@ -24,6 +24,7 @@ from npqwen.format.config import CONVOLUTION, Config, Recurrence
 from npqwen.format.floats import widen
 from npqwen.format.split_matrices import split
 from npqwen.wording import shortened
+from npqwen_quant.parts import module_and_part
 from npqwen_quant.tensors import SourceTensor
 
 _NORMS = (".input_layernorm.weight", ".post_attention_layernorm.weight", ".q_norm.weight", ".k_norm.weight")
@@ -109,8 +110,8 @@ def names_in_layout(name: str, config: Config) -> tuple[str, ...]:
         return (name,)
     if name.endswith(".linear_attn.A_log"):
         return (name.removesuffix("A_log") + "decay",)
-    module, dot, kind = name.rpartition(".")
-    return tuple(f"{part}{dot}{kind}" for part in split(module, config)) or (name,)
+    module, kind = module_and_part(name)
+    return tuple(f"{part}.{kind}" for part in split(module, config)) or (name,)
 
 
 def is_of_mlx(tensors: Mapping[str, SourceTensor]) -> bool | None:

@@ -1,7 +1,10 @@
-"""Checkpoints for MLX, affine: integers with a scale and a bias for each group of columns.
+"""Checkpoints for MLX. The embedding and the output matrix are quantized too.
 
-A matrix is `weight`, a row's integers packed one after the other into words; `scales` and `biases`, (rows, groups):
-W = q * scale + bias. The embedding and the output matrix are quantized too.
+The mode "affine": integers with a scale and a bias for each group of columns. A matrix is `weight`, a row's integers
+packed one after the other into words; `scales` and `biases`, (rows, groups): W = q * scale + bias.
+
+The modes "nvfp4", "mxfp4" and "mxfp8": `weight`, floats in words, and `scales`, bytes (npqwen_quant/microscaling.py);
+without a scale for the matrix.
 """
 
 from __future__ import annotations
@@ -18,10 +21,15 @@ from npqwen.errors import CheckpointError
 from npqwen.format.floats import widen
 from npqwen.format.text_part import text_name
 from npqwen.wording import quoted
+from npqwen_quant.fp8 import E4M3
+from npqwen_quant.microscaling import E8M0, MicroscaledTensor
 from npqwen_quant.parts import FLOATS, Module, UnreadableError, modules, unpack
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 _BITS = (2, 3, 4, 5, 6, 8)
+_AFFINE = "affine"
+_OF_FLOATS = {"nvfp4": (4, E4M3), "mxfp4": (4, E8M0), "mxfp8": (8, E8M0)}
+"""The modes of floats: bits, and the values of the scales' bytes."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 F32 = npt.NDArray[np.float32]
@@ -60,25 +68,40 @@ class MlxTensor(SourceTensor):
 
 
 @dataclass(frozen=True)
+class _Layer:
+    """How a layer is quantized."""
+
+    mode: str
+    bits: int
+    group_size: int
+
+    def tensor(self, module: Module) -> SourceTensor:
+        """The weights of a layer."""
+        if self.mode == _AFFINE:
+            return MlxTensor(module, self.bits, self.group_size)
+        return MicroscaledTensor(module, "weight", "scales", *_OF_FLOATS[self.mode])
+
+
+@dataclass(frozen=True)
 class Mlx:
     """`quantization` of an MLX checkpoint's config.json."""
 
-    bits: int
-    group_size: int
-    layers: Mapping[str, tuple[int, int]]
-    """Bits and group size of layers that override the defaults."""
+    most: _Layer
+    """How most layers are quantized."""
+    others: Mapping[str, _Layer]
+    """How other layers are, by their names."""
 
     @property
     def description(self) -> str:
-        return f"MLX, {self.bits} bits"
+        return f"MLX, {self.most.bits} bits" if self.most.mode == _AFFINE else f"MLX, {self.most.mode}"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str) -> Mlx:
         """where: the checkpoint, for messages. CheckpointError for an impossible value or another mode."""
-        bits, size = _checked(config, where)
-        layers = {name: entry for name, entry in config.items() if isinstance(entry, dict)}
-        own = {text_name(name) or name: _checked({**config, **entry}, where) for name, entry in layers.items()}
-        return cls(bits, size, own)
+        entries = {name: entry for name, entry in config.items() if isinstance(entry, dict)}
+        # A layer's entry without a mode is affine, whatever the model's mode.
+        others = {name: _layer({**config, "mode": None, **entry}, where) for name, entry in entries.items()}
+        return cls(_layer(config, where), {text_name(name) or name: layer for name, layer in others.items()})
 
     def dequantized(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """The checkpoint's tensors, its quantized matrices dequantized. CheckpointError for one that is incomplete."""
@@ -87,17 +110,17 @@ class Mlx:
             if {"scales", "biases"} & module.parts.keys():
                 # A layer's experts have one entry.
                 name = _EXPERT.sub(".switch_mlp.", module.name)
-                found[module.weight] = MlxTensor(module, *self.layers.get(name, (self.bits, self.group_size)))
+                found[module.weight] = self.others.get(name, self.most).tensor(module)
                 found |= module.others("weight", "scales", "biases")
             else:
                 found |= module.others()
         return found
 
 
-def _checked(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
-    """Bits and group size, in the configuration of a model or a layer."""
-    bits, size, mode = entry.get("bits"), entry.get("group_size", 64), entry.get("mode") or "affine"
-    if mode != "affine":
+def _layer(entry: Mapping[str, Any], where: str) -> _Layer:
+    """The quantization that the configuration of a model or a layer describes."""
+    mode, bits, size = entry.get("mode") or _AFFINE, entry.get("bits"), entry.get("group_size", 64)
+    if not isinstance(mode, str) or mode not in (_AFFINE, *_OF_FLOATS):
         raise UnreadableError(f"MLX, {mode}")
     if type(bits) is not int:
         raise CheckpointError(f"{where}: MLX's bits are {quoted(bits)}, not a number")
@@ -105,4 +128,4 @@ def _checked(entry: Mapping[str, Any], where: str) -> tuple[int, int]:
         raise UnreadableError(f"MLX, {bits} bits")
     if type(size) is not int or not 0 < size < 1 << 20:
         raise CheckpointError(f"{where}: group_size is {quoted(size)}, not the number of columns of a group")
-    return bits, size
+    return _Layer(mode, bits, size)

@@ -74,11 +74,21 @@ class Module:
         return CheckpointError(f"{self.parts[kind].path}: {shortened(self.name_of(kind))} {problem}")
 
 
+def module_and_part(name: str) -> tuple[str, str]:
+    """The module that a tensor belongs to, and the name of the part: the last word, or, as bitsandbytes names what
+    belongs to a weight, "weight." and all that follows."""
+    module, dot, of_weight = name.rpartition(".weight.")
+    if dot:
+        return module, f"weight.{of_weight}"
+    module, _, kind = name.rpartition(".")
+    return module, kind
+
+
 def modules(stored: Mapping[str, PlainTensor]) -> Iterable[Module]:
     """The modules of a checkpoint's tensors."""
     found: dict[str, Module] = {}
     for name, tensor in stored.items():
-        module, _, kind = name.rpartition(".")
+        module, kind = module_and_part(name)
         found.setdefault(module, Module(module)).parts[kind] = tensor
     return found.values()
 

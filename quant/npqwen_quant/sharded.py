@@ -38,6 +38,7 @@ from npqwen_quant.experts import names_of_singles
 from npqwen_quant.hybrid import names_in_layout
 from npqwen_quant.output import Notice, Output
 from npqwen_quant.packing import packed
+from npqwen_quant.parts import module_and_part
 from npqwen_quant.plan import plan
 from npqwen_quant.steps import OutputRange, Step, deal, pieces, places, steps
 from npqwen_quant.tensors import PlainTensor, SourceTensor, read_tensors
@@ -134,7 +135,7 @@ class _Stored:
 
 
 def _module(name: str) -> str:
-    return name.rpartition(".")[0]
+    return module_and_part(name)[0]
 
 
 def _stored(checkpoint: Checkpoint, shards: Shards, place: Path) -> list[_Stored]:

@@ -130,26 +130,26 @@ FOREIGN: dict[str, tuple[dict[str, bytes], dict[str, Any], str]] = {
         {},
         f"JunHowie/Qwen3-8B-GPTQ-Int4 is quantized already (GPTQ, marlin), {QUANTIZED}",
     ),
-    "unsloth/Qwen3-8B-bnb-4bit": (
-        small_checkpoint(quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True}),
+    "mobiuslabs/Qwen3-8B-hqq": (
+        small_checkpoint(quantization_config={"quant_method": "hqq"}),
         {},
-        f"unsloth/Qwen3-8B-bnb-4bit is quantized already (bitsandbytes), {QUANTIZED}",
+        f"mobiuslabs/Qwen3-8B-hqq is quantized already (hqq), {QUANTIZED}",
     ),
-    "RedHatAI/Qwen3-8B-NVFP4": (
+    "RedHatAI/Qwen3-8B-MXFP6": (
         small_checkpoint(
             quantization_config={
                 "quant_method": "compressed-tensors",
-                "format": "nvfp4-pack-quantized",
-                "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+                "format": "mxfp6-pack-quantized",
+                "config_groups": {"group_0": {"weights": {"num_bits": 6, "type": "float"}}},
             }
         ),
         {"base_model": "Qwen/Qwen3-8B"},
-        f"RedHatAI/Qwen3-8B-NVFP4 is quantized already (compressed-tensors, nvfp4-pack-quantized), {QUANTIZED}",
+        f"RedHatAI/Qwen3-8B-MXFP6 is quantized already (compressed-tensors, mxfp6-pack-quantized), {QUANTIZED}",
     ),
-    "mlx-community/Qwen3-8B-mxfp4": (
-        small_checkpoint(quantization={"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+    "nvidia/Qwen3-8B-INT4": (
+        small_checkpoint(quantization_config={"quant_method": "modelopt", "quant_algo": "INT4_AWQ"}),
         {"base_model": "Qwen/Qwen3-8B"},
-        f"mlx-community/Qwen3-8B-mxfp4 is quantized already (MLX, mxfp4), {QUANTIZED}",
+        f"nvidia/Qwen3-8B-INT4 is quantized already (ModelOpt, INT4_AWQ), {QUANTIZED}",
     ),
     "unsloth/Qwen3-0.6B-GGUF:Q9": (
         {"Qwen3-0.6B-Q4_K_M.gguf": WEIGHTS, "Qwen3-0.6B-Q8_0.gguf": WEIGHTS, "config.json": config()},

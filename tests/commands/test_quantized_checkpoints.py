@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from checkpoints import TINY, write_checkpoint
 from fake_hub import FakeHub
-from quantizers import example, fp8, gptq, write_quantized
+from quantizers import bitsandbytes, example, fp8, gptq, nvfp4, write_quantized
 from reference import ReferenceModel
 
 import npqwen
@@ -75,6 +75,32 @@ def test_from_the_hub(run: Run, tmp_path: Path, fake_hub: FakeHub, cache: Path) 
     assert [(Path(out.strip()) / name).read_bytes() for name in names] == [
         (Path(want.strip()) / name).read_bytes() for name in names
     ]
+
+
+def test_modelopt_with_a_file_of_its_own_from_the_hub(
+    run: Run, tmp_path: Path, fake_hub: FakeHub, cache: Path
+) -> None:
+    config, tensors = example()
+    write_quantized(tmp_path / "in", config, tensors, lambda w: nvfp4(w, divides=False), tokenizer=True)
+    entry = {"producer": {"name": "modelopt"}, "quantization": {"quant_algo": "NVFP4", "group_size": 16}}
+    (tmp_path / "in" / "hf_quant_config.json").write_text(json.dumps(entry))
+    fake_hub.publish("nvidia/Qwen3-0.6B-NVFP4", tmp_path / "in")
+    for bits, *more in (("8",), ("4", "--low-disk")):
+        out, err = run("pull", "nvidia/Qwen3-0.6B-NVFP4", "--bits", bits, *more)
+        assert "nvidia/Qwen3-0.6B-NVFP4 is quantized already (ModelOpt, NVFP4)" in err
+        want, _ = run("convert", tmp_path / "in", tmp_path / f"want{bits}", "--bits", bits)
+        files = [(Path(place.strip()) / "model.safetensors").read_bytes() for place in (out, want)]
+        assert files[0] == files[1]
+
+
+def test_bitsandbytes_from_the_hub(run: Run, tmp_path: Path, fake_hub: FakeHub, cache: Path) -> None:
+    config, tensors = example()
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    write_quantized(tmp_path / "in", config, tensors, lambda w: bitsandbytes(w, double=True), tokenizer=True)
+    fake_hub.publish("unsloth/Qwen3-0.6B-bnb-4bit", tmp_path / "in")
+    out, err = run("generate", "unsloth/Qwen3-0.6B-bnb-4bit", "What is", "--temperature", "0", "--max-tokens", "4")
+    assert out
+    assert "unsloth/Qwen3-0.6B-bnb-4bit is quantized already (bitsandbytes, NF4)" in err
 
 
 def test_gptq_with_a_file_of_its_own_is_accepted_and_has_its_own_conversion(tmp_path: Path) -> None:

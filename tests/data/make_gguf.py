@@ -59,6 +59,7 @@ HALVES = {
     "Q6_K": (208,),
     "IQ4_NL": (0,),
     "IQ4_XS": (0,),
+    "MXFP4": (),
 }
 """Where in a block its float16 numbers are."""
 
@@ -89,6 +90,8 @@ def blocks(rng: np.random.Generator) -> dict[str, np.ndarray[Any, Any]]:
         for at in halves:
             scales = rng.normal(0, 1, len(raw)) * 10.0 ** rng.integers(-8, 4, len(raw))  # subnormal ones, too
             raw[:, at : at + 2] = scales.astype("<f2").view(np.uint8).reshape(-1, 2)
+        if name == "MXFP4":
+            raw[:, 0] = rng.integers(0, 140, len(raw))  # exponents
         out = np.empty((len(raw), weights), np.float32)
         traits = ggml.ggml_get_type_traits(int(kind)).contents
         assert (traits.blck_size, traits.type_size) == (weights, nbytes)

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Write matrices that other libraries quantized, and what those libraries make of them again, into quantized.npz.
+"""Write matrices that other libraries quantized, and what those libraries make of them again.
 
     python -m pip install torch transformers compressed-tensors 'mlx[cpu]' gptqmodel
+    python -m pip install bitsandbytes auto-round nvidia-modelopt
     python -m pip download --no-deps autoawq && tar xzf autoawq-*.tar.gz
-    PYTHONPATH=autoawq-... python tests/data/make_quantized.py
+    PYTHONPATH=autoawq-... python tests/data/make_quantized.py [quantized|quantized_floats]
 
-quantized.npz: for each case, `case/part` for every part that a checkpoint stores, and `case/meant`, the library's
-float32 weights. bf16 arrays are kept as their bits, uint16; e4m3 as uint8. `e4m3`: PyTorch's values of all bytes.
+quantized.npz has integers and FP8, quantized_floats.npz floats of 4 and 8 bits, bitsandbytes and AutoRound: for each
+case, `case/part` for every part that a checkpoint stores, and `case/meant`, the library's float32 weights. bf16 arrays
+are kept as their bits, uint16; e4m3 as uint8. `e4m3`: PyTorch's values of all bytes.
 """
 
 from __future__ import annotations
@@ -25,13 +27,19 @@ ROWS, COLUMNS, GROUP = 32, 64, 32
 def main() -> None:
     import torch
 
-    torch.manual_seed(0)
-    arrays = {"e4m3": torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().numpy()}
-    for make in (fp8, gptq, awq, compressed_tensors, mlx):
-        for case, (parts, meant) in make(torch.randn(ROWS, COLUMNS) / 8).items():
-            arrays |= {f"{case}/{part}": stored(tensor) for part, tensor in parts.items()}
-            arrays[f"{case}/meant"] = np.asarray(meant, np.float32)
-    np.savez_compressed(HERE / "quantized.npz", **arrays)
+    e4m3 = torch.arange(256).to(torch.uint8).view(torch.float8_e4m3fn).float().numpy()
+    files = {
+        "quantized": ({"e4m3": e4m3}, (fp8, gptq, awq, compressed_tensors, mlx)),
+        "quantized_floats": ({}, (compressed_floats, mlx_floats, modelopt, bitsandbytes, autoround)),
+    }
+    for name in sys.argv[1:] or files:
+        torch.manual_seed(0)
+        arrays, makers = files[name]
+        for make in makers:
+            for case, (parts, meant) in make(torch.randn(ROWS, COLUMNS) / 8).items():
+                arrays |= {f"{case}/{part}": stored(tensor) for part, tensor in parts.items()}
+                arrays[f"{case}/meant"] = np.asarray(meant, np.float32)
+        np.savez_compressed(HERE / f"{name}.npz", **arrays)
 
 
 def stored(tensor: Any) -> np.ndarray:
@@ -171,6 +179,116 @@ def mlx(weights: Any) -> dict[str, Any]:
         as_bits = [np.array(part.view(mx.uint16)) for part in parts[1:]]
         arrays = {"weight": np.array(parts[0]), "scales": as_bits[0], "biases": as_bits[1]}
         found[f"mlx-{bits}"] = arrays, np.array(meant)
+    return found
+
+
+def compressed_floats(weights: Any) -> dict[str, Any]:
+    """NVFP4, MXFP4 and MXFP8 of compressed-tensors."""
+    import torch
+    from compressed_tensors.compressors import (
+        MXFP4PackedCompressor,
+        MXFP8QuantizationCompressor,
+        NVFP4PackedCompressor,
+    )
+    from compressed_tensors.compressors.nvfp4.helpers import unpack_fp4_from_uint8
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
+    found = {}
+    for case, compressor, options in (
+        ("nvfp4", NVFP4PackedCompressor, {"num_bits": 4, "strategy": "tensor_group", "group_size": 16}),
+        ("mxfp4", MXFP4PackedCompressor, {"num_bits": 4, "strategy": "group", "group_size": 32}),
+        ("mxfp8", MXFP8QuantizationCompressor, {"num_bits": 8, "strategy": "group", "group_size": 32}),
+    ):
+        args = QuantizationArgs(type="float", symmetric=True, **options)
+        scheme = QuantizationScheme(targets=["Linear"], weights=args)
+        peak = weights.reshape(ROWS, -1, options["group_size"]).abs().amax(-1)
+        state = {"weight": weights}
+        if case == "nvfp4":
+            overall = (448 * 6 / weights.abs().max()).reshape(1)
+            state["weight_global_scale"] = overall
+            state["weight_scale"] = (peak / 6 * overall).to(torch.float8_e4m3fn).float()
+        else:
+            state["weight_scale"] = 2.0 ** (peak.log2().floor() - (2 if case == "mxfp4" else 8))
+        parts = compressor.compress(state, scheme)
+        scale = parts["weight_scale"]
+        scale = compressor._decompress_scale(scale, torch.float32) if case != "mxfp8" else 2.0 ** (scale.float() - 127)
+        packed = parts.get("weight_packed")
+        values = parts["weight"].float() if packed is None else unpack_fp4_from_uint8(packed, ROWS, COLUMNS).float()
+        overall = parts.get("weight_global_scale")
+        found[f"compressed-{case}"] = parts, dequantize(values, scale, None, args, torch.float32, overall)
+    return found
+
+
+def mlx_floats(weights: Any) -> dict[str, Any]:
+    """The modes of floats of MLX."""
+    import mlx.core as mx
+
+    found = {}
+    for mode in ("nvfp4", "mxfp4", "mxfp8"):
+        parts = mx.quantize(mx.array(weights.numpy()), mode=mode)
+        meant = mx.dequantize(*parts, mode=mode, dtype=mx.float32)
+        found[f"mlx-{mode}"] = dict(zip(("weight", "scales"), map(np.array, parts), strict=True)), np.array(meant)
+    return found
+
+
+def modelopt(weights: Any) -> dict[str, Any]:
+    """NVFP4 and MXFP4 of Model Optimizer; FP8 with the scales of a matrix and of rows by its definition."""
+    import torch
+    from modelopt.torch.quantization.qtensor import MXFP4QTensor, NVFP4QTensor
+
+    packed, scale, overall = NVFP4QTensor.quantize(weights.clone(), 16)
+    meant = packed.dequantize(torch.float32, scale=scale, double_scale=overall, block_sizes={-1: 16})
+    nvfp4 = {"weight": packed._quantized_data, "weight_scale": scale, "weight_scale_2": overall}
+    found = {"modelopt-nvfp4": (nvfp4, meant)}
+    packed, scale = MXFP4QTensor.quantize(weights.clone(), 32)
+    meant = packed.dequantize(torch.float32, scale=scale, block_sizes={-1: 32})
+    found["modelopt-mxfp4"] = {"weight": packed._quantized_data, "weight_scale": scale.reshape(ROWS, -1)}, meant
+    return found
+
+
+def bitsandbytes(weights: Any) -> dict[str, Any]:
+    """NF4 and FP4, with and without quantized scales, and LLM.int8()."""
+    import torch
+    from bitsandbytes import functional
+
+    found = {}
+    for kind in ("nf4", "fp4"):
+        for double in (False, True):
+            codes, state = functional.quantize_4bit(weights, None, None, 64, double, kind)
+            parts = {"weight": codes} | {f"weight.{name}": part for name, part in state.as_dict(packed=True).items()}
+            case = f"bitsandbytes-{kind}{'-double' * double}"
+            found[case] = parts, functional.dequantize_4bit(codes, state)
+    codes, peaks, _ = functional.int8_vectorwise_quant(weights.half())
+    meant = torch.ops.bitsandbytes.int8_vectorwise_dequant(codes, peaks)
+    parts = {"weight": codes, "SCB": peaks, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+    found["bitsandbytes-int8"] = parts, meant
+    return found
+
+
+def autoround(weights: Any) -> dict[str, Any]:
+    """Both of AutoRound's packings of integers."""
+    import torch
+    from auto_round_extension.torch import qlinear_torch, qlinear_torch_zp
+
+    found = {}
+    for layout, module in (("auto_round", qlinear_torch), ("auto_gptq", qlinear_torch_zp)):
+        for bits in (2, 3, 4, 5, 8):
+            most = (1 << bits) - 1
+            grouped = weights.reshape(ROWS, -1, GROUP)
+            low, high = grouped.amin(2), grouped.amax(2)
+            scales = ((high - low) / most).half().float()
+            zeros = (-low / scales).round().clamp(1, most)
+            linear = torch.nn.Linear(COLUMNS, ROWS, bias=False)
+            linear.weight.data = weights.clone()
+            made = module.QuantLinear(bits, GROUP, COLUMNS, ROWS, False)
+            made.device = "cpu"
+            made.pack(linear, scales, zeros, None, device="cpu")
+            wide = torch.eye(COLUMNS)
+            made.scales = made.scales.float()
+            meant = made(wide).T
+            parts = {"qweight": made.qweight, "qzeros": made.qzeros, "scales": made.scales.half()}
+            found[f"autoround-{layout}-{bits}"] = parts, meant
     return found
 
 

@@ -45,7 +45,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
         ),
         "model.safetensors is a Git LFS pointer, not the file itself; run `git lfs pull`",
     ),
-    "bitsandbytes": (lambda d: change(d, quantization_config={"quant_method": "bitsandbytes"}), "bitsandbytes"),
+    "bitsandbytes": (
+        lambda d: change(d, quantization_config={"quant_method": "bitsandbytes", "bnb_4bit_quant_type": "int4"}),
+        r"quantized already \(bitsandbytes, int4\)",
+    ),
     "aqlm": (lambda d: change(d, quantization_config={"quant_method": "aqlm"}), "aqlm"),
     "missing tensor": (lambda d: rewrite(d, K_PROJ, None), K_PROJ),
     "missing norm": (lambda d: rewrite(d, "model.norm.weight", None), "model.norm.weight"),

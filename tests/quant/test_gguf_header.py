@@ -93,7 +93,7 @@ def test_hostile_headers_are_refused_in_one_line_and_little_memory(case: str, tm
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [(16, "IQ2_XXS"), (39, "MXFP4"), (15, "Q8_K"), (28, "F64"), (12345, "type 12345")]
+    ("kind", "name"), [(16, "IQ2_XXS"), (40, "NVFP4"), (15, "Q8_K"), (28, "F64"), (12345, "type 12345")]
 )
 def test_other_formats_are_refused_by_name(kind: int, name: str, tmp_path: Path) -> None:
     path = tmp_path / "x.gguf"

@@ -17,7 +17,7 @@ from hybrids import HYBRIDS, draft_tensors, hybrid_checkpoint
 from npqwen_quant import Shards, convert, convert_shards
 from npqwen_quant.adapter import AdapterFile
 from npqwen_quant.checkpoint import Checkpoint
-from quantizers import Quantizer, awq, fp8, gptq, mlx
+from quantizers import Quantizer, awq, bitsandbytes, fp8, gptq, mlx, nvfp4
 from stacked_experts import fused
 
 from npqwen.errors import CheckpointError
@@ -71,6 +71,14 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantizer]] = {
             }
         },
         awq,
+    ),
+    "modelopt": (
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+        partial(nvfp4, divides=False),
+    ),
+    "bitsandbytes": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+        partial(bitsandbytes, block=56, double=True),
     ),
 }  # fmt: skip
 

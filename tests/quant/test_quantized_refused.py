@@ -15,7 +15,20 @@ from checkpoints import make_config, random_tensors, to_bf16, write_safetensors
 from npqwen_quant import convert
 from npqwen_quant.checkpoint import Checkpoint
 from npqwen_quant.plan import plan
-from quantizers import UNQUANTIZED, Quantizer, awq, fp8, gptq, int_quantized, mlx, pack_quantized
+from quantizers import (
+    UNQUANTIZED,
+    Quantizer,
+    awq,
+    bitsandbytes,
+    bitsandbytes_int8,
+    fp8,
+    gptq,
+    int_quantized,
+    microscaled,
+    mlx,
+    nvfp4,
+    pack_quantized,
+)
 from stacked_experts import stacked
 
 from npqwen.errors import CheckpointError
@@ -46,6 +59,31 @@ ENTRIES: dict[str, tuple[dict[str, Any], Quantizer]] = {
             "config_groups": {"group_0": {"weights": {"num_bits": 8, "block_structure": [8, 8]}}},
         },
         lambda w: int_quantized(w, symmetric=False),
+    ),
+    "nvfp4": (
+        {
+            "quant_method": "compressed-tensors",
+            "format": "nvfp4-pack-quantized",
+            "config_groups": {"group_0": {"weights": {"num_bits": 4, "type": "float"}}},
+        },
+        nvfp4,
+    ),
+    "modelopt": (
+        {"quant_method": "modelopt", "quant_algo": "NVFP4", "quantized_layers": {"layer": {"quant_algo": "FP8"}}},
+        lambda w: nvfp4(w, divides=False),
+    ),
+    "mxfp8": (
+        {"quant_method": "modelopt", "quant_algo": "MXFP8"},
+        lambda w: microscaled(w, bits=8, weight="weight"),
+    ),
+    "bnb": (
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
+        lambda w: bitsandbytes(w, double=True),
+    ),
+    "bnb8": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes_int8),
+    "autoround": (
+        {"quant_method": "auto-round", "bits": 4, "group_size": 16, "data_type": "int", "extra_config": {"x": {}}},
+        lambda w: gptq(w, index=False),
     ),
     "mlx": (
         {"bits": 4, "group_size": 16, "mode": "affine", "model.layers.0.mlp.gate": {"bits": 8}},
@@ -118,6 +156,19 @@ def weights(**changes: Any) -> Edit:
 
 def of_mlx(**changes: Any) -> Edit:
     return lambda config, stored: config["quantization"].update(changes)
+
+
+STATE = "weight.quant_state.bitsandbytes__nf4"
+
+
+def described(**changes: Any) -> Edit:
+    """Change what bitsandbytes says of a matrix."""
+
+    def edit(state: np.ndarray) -> np.ndarray:
+        text = json.dumps({**json.loads(state.tobytes()), **changes})
+        return np.frombuffer(text.encode(), np.uint8).view("V1")
+
+    return part(f"{PROJ}.{STATE}", edit)
 
 
 UP = "model.layers.0.mlp.switch_mlp.up_proj"
@@ -199,7 +250,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "pack: other bits": ("pack", weights(num_bits=8), "weight_shape is 64 x 64, which does not fit weight_packed"),
     "pack: bits in words": ("pack", weights(num_bits="4"), "num_bits is '4'; npqwen reads 2 to 8"),
     "pack: no bits": ("pack", weights(num_bits=0), "num_bits is 0; npqwen reads 2 to 8"),
-    "pack: nvfp4": ("pack", entry(format="nvfp4-pack-quantized"), r"\(compressed-tensors, nvfp4-pack-quantized\)"),
+    "pack: mxfp6": ("pack", entry(format="mxfp6-pack-quantized"), r"\(compressed-tensors, mxfp6-pack-quantized\)"),
     "pack: sparse": ("pack", entry(sparsity_config={"format": "sparse-24-bitmask"}), "sparse-24-bitmask"),
     "pack: transforms": ("pack", entry(transform_config={"config_groups": {}}), "compressed-tensors with transforms"),
     "pack: no groups": ("pack", entry(config_groups=None), "config_groups is None, not an object"),
@@ -226,8 +277,91 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "mlx: scales of fewer rows": ("mlx", part(f"{PROJ}.biases", lambda b: b[1:]), r"biases has shape \[63, 4\]"),
     "mlx: other group size": ("mlx", of_mlx(group_size=32), "4 groups of 32 integers of 4 bits do not fit"),
     "mlx: group size of nothing": ("mlx", of_mlx(group_size=0), "group_size is 0, not the number of columns"),
-    "mlx: mode": ("mlx", of_mlx(mode="nvfp4"), r"\(MLX, nvfp4\)"),
-    "mlx: mode of a layer": ("mlx", of_mlx(**{PROJ: {"mode": "mxfp4"}}), r"\(MLX, mxfp4\)"),
+    "mlx: mode": ("mlx", of_mlx(mode="nvfp6"), r"\(MLX, nvfp6\)"),
+    "mlx: mode of a layer": ("mlx", of_mlx(**{PROJ: {"mode": ["mxfp4"]}}), r"\(MLX, \['mxfp4'\]\)"),
+    "mlx: floats with scales of floats": (
+        "mlx",
+        of_mlx(**{PROJ: {"mode": "mxfp4"}}),
+        f"{PROJ}.scales is stored as BF16, which this format does not have",
+    ),
+    "nvfp4: no scale of the matrix": (
+        "nvfp4",
+        without(f"{PROJ}.weight_global_scale"),
+        f"no {PROJ}.weight_global_scale, though",
+    ),
+    "nvfp4: scales of the matrix": (
+        "nvfp4",
+        part(f"{PROJ}.weight_global_scale", lambda s: np.repeat(s, 2)),
+        r"weight_global_scale has the shape \[2\], not that of one number",
+    ),
+    "nvfp4: a scale of zero": ("nvfp4", part(f"{PROJ}.weight_global_scale", np.zeros_like), "holds NaN or infinity"),
+    "nvfp4: scales of fewer rows": (
+        "nvfp4",
+        part(f"{PROJ}.weight_scale", lambda s: s[1:]),
+        r"weight_scale has shape \[63, 4\], but other parts of the layer need \[64, 4\]",
+    ),
+    "nvfp4: groups that do not divide": (
+        "nvfp4",
+        part(f"{PROJ}.weight_scale", lambda s: s[:, :3]),
+        "weight_scale has 3 groups, which do not fit 64 columns",
+    ),
+    "nvfp4: scales of integers": (
+        "nvfp4",
+        part(f"{PROJ}.weight_scale", lambda s: s.astype(np.int8)),
+        "weight_scale is stored as I8, which this format does not have",
+    ),
+    "nvfp4: no packed weights": ("nvfp4", without(f"{PROJ}.weight_packed"), f"no {PROJ}.weight_packed, though"),
+    "modelopt: awq of int4": ("modelopt", entry(quant_algo="INT4_AWQ"), r"\(ModelOpt, INT4_AWQ\)"),
+    "modelopt: no algorithm": ("modelopt", entry(quant_algo=None), "quant_algo is None, not the name of an algorithm"),
+    "modelopt: layers of nothing": (
+        "modelopt",
+        entry(quant_algo="MIXED_PRECISION", quantized_layers=[1]),
+        r"quantized_layers is \[1\], not an object of layers",
+    ),
+    "modelopt: another algorithm of a layer": (
+        "modelopt",
+        entry(quant_algo="MIXED_PRECISION", quantized_layers={"a": {"quant_algo": "W8A8_SQ_PER_CHANNEL"}}),
+        r"\(ModelOpt, W8A8_SQ_PER_CHANNEL\)",
+    ),
+    "modelopt: no scale of the matrix": ("modelopt", without(f"{PROJ}.weight_scale_2"), "no .*weight_scale_2, though"),
+    "modelopt: no scales": ("modelopt", without(f"{PROJ}.weight_scale"), "no .*weight_scale, though"),
+    "modelopt: activations that are scaled": (
+        "modelopt",
+        lambda config, stored: stored.update({f"{PROJ}.pre_quant_scale": np.ones(64, np.float32)}),
+        "pre_quant_scale is of an algorithm that npqwen does not read",
+    ),
+    "mxfp8: a scale that is not a number": (
+        "mxfp8",
+        part(f"{PROJ}.weight_scale", lambda s: np.full(s.shape, 255, np.uint8).view("V1")),
+        "holds NaN or infinity",
+    ),
+    "bnb: another type": ("bnb", entry(bnb_4bit_quant_type="int4"), r"\(bitsandbytes, int4\)"),
+    "bnb: no description": ("bnb", without(f"{PROJ}.{STATE}"), f"quant_map has no {STATE} beside it"),
+    "bnb: a description of nothing": ("bnb", part(f"{PROJ}.{STATE}", lambda s: s[1:]), "is not a JSON object"),
+    "bnb: another shape": ("bnb", described(shape=[64, 32]), r"weight has 2,048 bytes, which \[64, 32\] does not fit"),
+    "bnb: a shape in words": ("bnb", described(shape="64"), "has the shape '64', not rows and columns"),
+    "bnb: a block of nothing": ("bnb", described(blocksize=0), "has the blocksize 0, not a number of weights"),
+    "bnb: another block size": ("bnb", described(blocksize=32), r"absmax has shape \[64\], .* need \[128\]"),
+    "bnb: no offset": ("bnb", described(nested_offset=None), "has the nested_offset None, not a number"),
+    "bnb: no values": ("bnb", without(f"{PROJ}.weight.quant_map"), "no .*weight.quant_map, though"),
+    "bnb: fewer values": (
+        "bnb",
+        part(f"{PROJ}.weight.quant_map", lambda m: m[1:]),
+        r"weight.quant_map has shape \[15\], but other parts of the layer need \[16\]",
+    ),
+    "bnb: nan": ("bnb", part(f"{PROJ}.weight.nested_absmax", lambda s: s * np.nan), "holds NaN or infinity"),
+    "bnb8: no scales": ("bnb8", without(f"{PROJ}.SCB"), f"no {PROJ}.SCB, though"),
+    "bnb8: fewer scales": ("bnb8", part(f"{PROJ}.SCB", lambda s: s[1:]), r"SCB has shape \[63\], .* need \[64\]"),
+    "autoround: rotated": ("autoround", entry(rotation_config={"hadamard_type": "x"}), r"\(AutoRound, rotated\)"),
+    "autoround: another packing": ("autoround", entry(packing_format="marlin"), r"\(AutoRound, int, marlin\)"),
+    "autoround: bits in words": ("autoround", entry(bits="4"), "AutoRound's bits are '4'; npqwen reads 2 to 8"),
+    "autoround: other groups": ("autoround", entry(group_size=32), "scales has 4 groups; 64 columns have 2"),
+    "autoround: layers of nothing": ("autoround", entry(extra_config=[1]), r"extra_config is \[1\], not an object"),
+    "autoround: a group of nothing": (
+        "autoround",
+        entry(extra_config={"x": {"group_size": -7}}),
+        "group_size is -7, not the number of columns",
+    ),
     "mlx: 7 bits": ("mlx", of_mlx(bits=7), r"\(MLX, 7 bits\)"),
     "mlx: bits in words": ("mlx", of_mlx(bits=[4]), r"MLX's bits are \[4\], not a number"),
     "mlx: fewer experts": ("mlx", part(f"{UP}.weight", lambda w: w[:3]), "config.json has 4 experts"),
@@ -276,6 +410,8 @@ def mutations(config: dict[str, Any], stored: Stored, rng: np.random.Generator) 
             continue
         name = names[rng.integers(len(names))]
         values = stored[name]
+        if values.ndim == 0:
+            values = values[None]
         kind = int(rng.integers(9))
         if kind == 0:
             del stored[name]

@@ -24,13 +24,17 @@ from quantizers import (
     UNQUANTIZED,
     Quantizer,
     awq,
+    bitsandbytes,
+    bitsandbytes_int8,
     check_conversion,
     check_tensors,
     example,
     fp8,
     gptq,
     int_quantized,
+    microscaled,
     mlx,
+    nvfp4,
     pack_quantized,
     write_quantized,
 )
@@ -57,6 +61,15 @@ def fp8_compressed(weights: np.ndarray, block: tuple[int, ...]) -> Any:
     return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, meant
 
 
+def of_autoround(**changes: Any) -> dict[str, Any]:
+    return {"quant_method": "auto-round", "bits": 4, "group_size": 16, "sym": False, "data_type": "int"} | changes
+
+
+def of_modelopt(algorithm: str) -> dict[str, Any]:
+    return {"quant_method": "modelopt", "quant_algo": algorithm, "kv_cache_quant_algo": "FP8", "ignore": ["lm_head"]}
+
+
+NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
 INT, FLOAT = of_compressed("int-quantized"), of_compressed("float-quantized", kind="float")
 CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
     **{
@@ -104,6 +117,45 @@ CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
         f"mlx {bits} bits": ({"group_size": 32, "bits": bits}, partial(mlx, bits=bits, group=32))
         for bits in (2, 3, 4, 5, 6, 8)
     },
+    "nvfp4": (of_compressed("nvfp4-pack-quantized", 4, "float"), nvfp4),
+    "mxfp4": (of_compressed("mxfp4-pack-quantized", 4, "float"), microscaled),
+    "mxfp8": (of_compressed("mxfp8-quantized", 8, "float"), partial(microscaled, bits=8, weight="weight")),
+    "mlx mxfp4": (
+        {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+        partial(microscaled, weight="weight", words=True),
+    ),
+    "mlx mxfp8": (
+        {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+        partial(microscaled, bits=8, weight="weight", words=True),
+    ),
+    "modelopt nvfp4": (of_modelopt("NVFP4"), partial(nvfp4, divides=False)),
+    "modelopt nvfp4, groups of 32": (of_modelopt("NVFP4"), partial(nvfp4, group=32, divides=False)),
+    "modelopt mxfp4": (of_modelopt("MXFP4"), partial(microscaled, weight="weight")),
+    "modelopt mxfp8": (of_modelopt("MXFP8"), partial(microscaled, bits=8, weight="weight")),
+    "modelopt fp8": (of_modelopt("FP8"), lambda w: fp8_compressed(w, w.shape)),
+    "modelopt fp8, rows": (of_modelopt("FP8_PER_CHANNEL_PER_TOKEN"), lambda w: fp8_compressed(w, (1, w.shape[1]))),
+    "bitsandbytes": (NF4, bitsandbytes),
+    "bitsandbytes, double quantization": (NF4, partial(bitsandbytes, double=True)),
+    "bitsandbytes, blocks across rows": (NF4, partial(bitsandbytes, block=56, double=True)),
+    "bitsandbytes, 8 bits": ({"quant_method": "bitsandbytes", "load_in_8bit": True}, bitsandbytes_int8),
+    "autoround": (of_autoround(packing_format="auto_round:auto_gptq"), partial(gptq, index=False)),
+    "autoround, old": (
+        of_autoround(quant_method="intel/auto-round", backend="auto_round:gptq:exllamav2"),
+        partial(gptq, index=False),
+    ),
+    "autoround, zeros as they are": (
+        of_autoround(packing_format="auto_round:exllamav2"),
+        partial(gptq, index=False, version=2),
+    ),
+    "autoround, gptqmodel": (of_autoround(packing_format="auto_round:gptqmodel"), partial(gptq, version=2)),
+    "autoround, awq": (of_autoround(packing_format="auto_round:auto_awq"), awq),
+    "autoround, 5 bits": (of_autoround(bits=5), partial(gptq, bits=5, index=False)),
+    "autoround, other bits and groups than most": (
+        of_autoround(bits=2, group_size=128, extra_config={"q_proj": {"bits": 4, "group_size": 16}}),
+        partial(gptq, index=False),
+    ),
+    "autoround, nvfp4": (of_autoround(data_type="nv_fp", packing_format="auto_round:nv_fp"), nvfp4),
+    "autoround, mxfp4": (of_autoround(data_type="mx_fp", packing_format="auto_round:llm_compressor"), microscaled),
     "mlx f16": ({"group_size": 16, "bits": 4, "mode": "affine"}, partial(mlx, group=16, dtype="F16")),
 }
 
@@ -131,7 +183,11 @@ def test_tensors(tmp_path: Path, case: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["gptq 4 bits, v1, act-order", "awq", "pack-quantized 4 bits, 16, zero points", "int-quantized"]
+    "case",
+    [
+        *("gptq 4 bits, v1, act-order", "awq", "pack-quantized 4 bits, 16, zero points", "int-quantized"),
+        *("nvfp4", "modelopt nvfp4", "bitsandbytes", "bitsandbytes, 8 bits", "autoround"),
+    ],
 )
 def test_mixtures_and_bare_names(tmp_path: Path, case: str) -> None:
     config, tensors = small(**MIXTURE | {"moe_intermediate_size": 32})
@@ -163,7 +219,11 @@ def test_stacked_experts_of_mlx(tmp_path: Path, quantized: bool) -> None:
 
 
 @pytest.mark.parametrize(
-    "case", ["gptq 4 bits, v1, act-order", "awq", "pack-quantized 4 bits, 16, symmetric", "mlx 6 bits"]
+    "case",
+    [
+        *("gptq 4 bits, v1, act-order", "awq", "pack-quantized 4 bits, 16, symmetric", "mlx 6 bits"),
+        *("nvfp4", "modelopt nvfp4", "mlx mxfp4", "bitsandbytes, double quantization", "autoround"),
+    ],
 )
 def test_conversion(tmp_path: Path, case: str) -> None:
     config, tensors = example()
@@ -206,6 +266,31 @@ def test_gptq_that_describes_itself_in_a_file_of_its_own(tmp_path: Path) -> None
     assert found.description == "GPTQ, 4 bits"
 
 
+def test_modelopt_that_describes_itself_in_a_file_of_its_own(tmp_path: Path) -> None:
+    config, tensors = small()
+    meant = write_quantized(tmp_path, config, tensors, partial(nvfp4, divides=False))
+    entry = {"producer": {"name": "modelopt", "version": "0.41.0"}, "quantization": {"quant_algo": "NVFP4"}}
+    (tmp_path / "hf_quant_config.json").write_text(json.dumps(entry))
+    check_tensors(tmp_path, meant)
+    found = Checkpoint(tmp_path).format
+    assert found is not None
+    assert found.description == "ModelOpt, NVFP4"
+
+
+def test_layers_of_different_algorithms(tmp_path: Path) -> None:
+    config, tensors = small()
+    layers = {"model.layers.0.mlp": {"quant_algo": "FP8"}, "model.layers.1.mlp": {"quant_algo": "NVFP4"}}
+    entry = of_modelopt("MIXED_PRECISION") | {"quantized_layers": layers}
+
+    def quantizer(weights: np.ndarray) -> Any:
+        return nvfp4(weights, divides=False) if len(weights) == 96 else fp8_compressed(weights, weights.shape)
+
+    check_tensors(tmp_path, write_quantized(tmp_path, config | {"quantization_config": entry}, tensors, quantizer))
+    found = Checkpoint(tmp_path).format
+    assert found is not None
+    assert found.description == "ModelOpt, FP8 and NVFP4"
+
+
 @pytest.mark.parametrize(
     ("entry", "quantizer"),
     [
@@ -232,7 +317,13 @@ def test_threads_read_one_matrix_at_once(tmp_path: Path) -> None:
         np.testing.assert_array_equal(rows, meant[name][first : first + 4])
 
 
-@pytest.mark.parametrize("case", ["gptq 4 bits, v1", "awq", "pack-quantized 4 bits, 16, zero points", "mlx 4 bits"])
+@pytest.mark.parametrize(
+    "case",
+    [
+        *("gptq 4 bits, v1", "awq", "pack-quantized 4 bits, 16, zero points", "mlx 4 bits"),
+        *("nvfp4", "bitsandbytes, double quantization"),
+    ],
+)
 def test_memory_of_reading(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A piece takes a few times its float32 values, whatever the matrix; of transposed matrices, three are held."""
     monkeypatch.setattr("npqwen_quant.recent._BYTES", 0)

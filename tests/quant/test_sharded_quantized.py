@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from checkpoints import MIXTURE, make_config, random_tensors, write_safetensors
 from npqwen_quant import Shards, convert, convert_shards
-from quantizers import Quantizer, awq, fp8, gptq, mlx, write_quantized
+from quantizers import Quantizer, awq, bitsandbytes, fp8, gptq, mlx, nvfp4, write_quantized
 
 from npqwen.errors import CheckpointError
 
@@ -32,6 +32,14 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantizer]] = {
         },
         awq,
     ),
+    "modelopt": (
+        {"quantization_config": {"quant_method": "modelopt", "quant_algo": "NVFP4"}},
+        partial(nvfp4, divides=False),
+    ),
+    "bitsandbytes": (
+        {"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}},
+        partial(bitsandbytes, double=True),
+    ),
     "mlx": ({"quantization": {"bits": 4, "group_size": 8}}, mlx),
 }  # fmt: skip
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": False}
@@ -49,7 +57,8 @@ def write(directory: Path, kind: str, shard_of: Callable[[str], int], **changes:
     (directory / "model.safetensors").unlink()
     weight_map = {name: f"model-{shard_of(name)}.safetensors" for name in stored}
     for shard in set(weight_map.values()):
-        write_safetensors(directory / shard, {name: stored[name] for name in stored if weight_map[name] == shard})
+        of_shard = {name: stored[name] for name in stored if weight_map[name] == shard}
+        write_safetensors(directory / shard, of_shard, "F32")
     (directory / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -58,7 +67,8 @@ def read_stored(path: Path, dtypes: dict[str, str]) -> dict[str, np.ndarray]:
     raw = path.read_bytes()
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
-    numpy = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F8_E4M3": "u1", "I32": "<i4", "U32": "<u4", "I64": "<i8"}
+    numpy = {"BF16": "<u2", "F16": "<f2", "F32": "<f4", "F8_E4M3": "u1", "U8": "V1"}
+    numpy |= {"I32": "<i4", "U32": "<u4", "I64": "<i8"}
     found = {}
     for name, dtype in dtypes.items():
         first, last = (start + offset for offset in header[name]["data_offsets"])
