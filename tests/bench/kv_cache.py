@@ -3,7 +3,8 @@
 
     python tests/bench/kv_cache.py CONVERTED [--threads 1,2] [--depth 4096,16384] [--kv f16,int8] [--prefill]
 
-The caches are filled with random bytes of plausible keys and values, not computed, unless --prefill measures that too.
+The caches are filled with random bytes of plausible keys and values; only those of hybrids, which have states, too, are
+computed.
 Prints medians, and the median of the rounds' ratios to the first type; beside it what the bytes that each token reads,
 weights and cache, would give at equal bandwidth.
 """
@@ -55,8 +56,11 @@ def seconds_per_token(model: Model, cache: KVCache) -> float:
 
 def decode(models: dict[CacheType, Model], depth: int, rounds: int) -> None:
     caches = {kv: model.new_cache(depth + STEPS + 1) for kv, model in models.items()}
-    for cache in caches.values():
-        fill(cache, depth)
+    for kv, cache in caches.items():
+        if models[kv].config.recurrence is None:
+            fill(cache, depth)
+        else:
+            models[kv].prefill(np.random.default_rng(0).integers(1000, 100_000, depth), cache)
     taken: dict[CacheType, list[float]] = {kv: [] for kv in models}
     for _ in range(rounds):
         for kv, model in models.items():
