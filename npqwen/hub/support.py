@@ -153,9 +153,12 @@ def _is_download_cache(label: str) -> bool:
 
 def _refuse_heads(source: Source, raw: dict[str, Any]) -> None:
     """Refuse architectures whose output is not a next token's logits."""
-    architectures = raw.get("architectures")
+    architectures, model_type = raw.get("architectures"), raw.get("model_type")
+    supported: tuple[str, ...] = ("ForCausalLM", "Model")
+    if isinstance(model_type, str) and model_type.endswith("_text"):  # a text part that was saved alone
+        supported += ("ForConditionalGeneration",)
     for name in architectures if isinstance(architectures, list) else []:
-        if not isinstance(name, str) or name.endswith(("ForCausalLM", "Model")):
+        if not isinstance(name, str) or name.endswith(supported):
             continue
         if "SequenceClassification" in name:
             raise CheckpointError(

@@ -7,20 +7,24 @@ are stored as in compressed-tensors.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from npqwen.errors import CheckpointError
 from npqwen.wording import quoted
+from npqwen_quant.awq import BITS as AWQ_BITS
 from npqwen_quant.awq import Awq
 from npqwen_quant.compressed_tensors import CompressedTensors
+from npqwen_quant.fp8 import Fp8
 from npqwen_quant.gptq import Gptq
 from npqwen_quant.parts import UnreadableError, check_group_size
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 METHODS = ("auto-round", "intel/auto-round")
 """Values of quant_method."""
+OF_MLX = "mlx"
+"""The packing format of checkpoints that describe themselves as MLX's do, too."""
 _BITS = range(2, 9)
 _FLOATS = ("fp", "nv_fp", "mx_fp")
 _KEYS = {"rotation_config": "rotated", "super_group_size": "groups of groups"}
@@ -31,7 +35,7 @@ _KEYS = {"rotation_config": "rotated", "super_group_size": "groups of groups"}
 class AutoRound:
     """`quantization_config` of an AutoRound checkpoint."""
 
-    stored_as: Awq | CompressedTensors | Gptq
+    stored_as: Awq | CompressedTensors | Fp8 | Gptq
     description: str
 
     @classmethod
@@ -46,15 +50,19 @@ class AutoRound:
                 raise UnreadableError(f"AutoRound, {name}")
         if not isinstance(kind, str) or not isinstance(packing, str) or "e5m3" in f"{kind} {packing}":
             raise UnreadableError(f"AutoRound, {kind}, {packing}")
+        if kind == "fp" and config.get("weight_block_size"):
+            return cls(Fp8.from_config(config, where), f"AutoRound, {kind}")
         if kind.startswith(_FLOATS) and bits in (4, 8):
             return cls(CompressedTensors((), (), ""), f"AutoRound, {kind}")
         if kind != "int" or not packing.startswith("auto_round"):
             raise UnreadableError(f"AutoRound, {kind}, {packing}")
         description = f"AutoRound, {bits} bits"
-        if "awq" in packing:
-            return cls(Awq.from_config({**config, "version": "gemm", "backend": None}, where), description)
-        layout = "gptq" if "gptq" in packing and "gptqmodel" not in packing else "gptq_v2"
         size, *others = _group_sizes(config, where)
+        if "awq" in packing:
+            if bits != AWQ_BITS:
+                raise UnreadableError(f"AutoRound, {bits} bits, {packing}")
+            return cls(Awq(size, tuple(others)), description)
+        layout = "gptq" if "gptq" in packing and "gptqmodel" not in packing else "gptq_v2"
         return cls(Gptq(bits, size, layout, tuple(_BITS), tuple(others)), description)
 
     def dequantized(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
@@ -62,13 +70,13 @@ class AutoRound:
         return self.stored_as.dequantized(stored)
 
 
-def _group_sizes(config: Mapping[str, Any], where: str) -> Iterator[int]:
-    """The group size of most layers, then those of others, perhaps repeated."""
+def _group_sizes(config: Mapping[str, Any], where: str) -> list[int]:
+    """The group size of most layers, then those of others."""
     layers = config.get("extra_config") or {}
     if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
         raise CheckpointError(f"{where}: extra_config is {quoted(layers)}, not an object of layers")
-    for place in (config, *layers.values()):
-        size = place.get("group_size")
-        if place is config or size is not None:
-            check_group_size(size, where)
-            yield size
+    found = [config.get("group_size", -1), *(layer.get("group_size") for layer in layers.values())]
+    sizes = [size for size in found if size is not None]
+    for size in sizes:
+        check_group_size(size, where)
+    return list(dict.fromkeys(sizes))

@@ -18,11 +18,11 @@ from npqwen.format.floats import widen
 from npqwen.format.layout import ceil_div
 from npqwen.wording import quoted
 from npqwen_quant.by_columns import ColumnsTensor, Loaded
-from npqwen_quant.parts import FLOATS, WORDS, Module, UnreadableError, check_group_size, modules, unpack
+from npqwen_quant.parts import FLOATS, WORDS, Module, UnreadableError, check_group_size, fitting_size, modules, unpack
 from npqwen_quant.recent import Recent
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 
-_BITS = 4
+BITS = 4
 _IN_WORD = 8
 _PARTS = {"qweight", "qzeros", "scales"}
 _PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
@@ -39,7 +39,7 @@ class AwqTensor(ColumnsTensor):
         self._zeros = module.part("qzeros", WORDS)
         self._scales = module.part("scales", FLOATS)
         columns, words = self._packed.shape
-        self._group_size = columns if config.group_size == -1 else config.group_size
+        self._group_size = fitting_size(columns, self._scales.shape[0], (config.group_size, *config.other_sizes))
         groups = ceil_div(columns, self._group_size)
         module.check_shape("scales", (groups, words * _IN_WORD))
         module.check_shape("qzeros", (groups, words))
@@ -66,7 +66,7 @@ class AwqTensor(ColumnsTensor):
 
 def _integers(words: npt.NDArray[Any]) -> npt.NDArray[np.uint8]:
     """The integers (columns or groups, rows) of words (columns or groups, rows / 8)."""
-    places = unpack(words, _BITS, words.shape[1] * _IN_WORD).reshape(len(words), -1, _IN_WORD)
+    places = unpack(words, BITS, words.shape[1] * _IN_WORD).reshape(len(words), -1, _IN_WORD)
     return places[:, :, _PLACES].reshape(len(words), -1)
 
 
@@ -76,6 +76,8 @@ class Awq:
 
     group_size: int
     """-1: all columns are one group."""
+    other_sizes: tuple[int, ...] = ()
+    """Group sizes that some modules may have."""
     description = "AWQ, 4 bits"
 
     @classmethod
@@ -86,7 +88,7 @@ class Awq:
         version = config.get("version") or config.get("format") or "gemm"  # the latter in transformers 5
         if type(bits) is not int:
             raise CheckpointError(f"{where}: AWQ's bits are {quoted(bits)}, not a number")
-        if bits != _BITS:
+        if bits != BITS:
             raise UnreadableError(f"AWQ, {bits} bits")
         if config.get("backend") == "llm-awq":  # other backends are kernels for the same layout
             version = "llm-awq"

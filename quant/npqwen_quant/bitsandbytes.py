@@ -28,7 +28,7 @@ _OF_WEIGHT = "weight."
 _STORAGE = ("U8", "I8", "BF16", "F16", "F32")
 """Dtypes whose bytes may hold codes (bnb_4bit_quant_storage)."""
 _MOST_STATE_BYTES = 10_000
-_SCALES = "SCB"
+_SCALES, _ORDER = "SCB", "weight_format"
 _UNIT = np.float32(7.874015718698502e-3)
 """1 / 127, as bitsandbytes writes it."""
 
@@ -63,10 +63,12 @@ class FourBitTensor(SourceTensor):
         self._codes = module.part("weight", _STORAGE, range(1, 3))
         self._kind = next(kind for kind in module.parts if kind.startswith(_STATE))
         state = self._state(module)
-        self.shape, self._block = (state["shape"][0], state["shape"][1]), state["blocksize"]
+        self.shape = state["shape"][0], state["shape"][1]
         size = self.shape[0] * self.shape[1]
         if self._codes.nbytes != -(-size // 2):
-            raise module.error("weight", f"has {self._codes.nbytes:,} bytes, which {list(self.shape)} does not fit")
+            shape = quoted(list(self.shape))
+            raise module.error("weight", f"has {self._codes.nbytes:,} bytes, which the shape {shape} does not fit")
+        self._block = min(state["blocksize"], size)
         blocks = -(-size // self._block)
         self._absmax = module.part("weight.absmax", ("F32", "U8"), (1,))
         module.check_shape("weight.absmax", (blocks,))
@@ -111,7 +113,7 @@ class FourBitTensor(SourceTensor):
         block = start // self._block
         scales = self._scales(block, -(-stop // self._block) - block)
         with np.errstate(invalid="ignore", over="ignore"):  # the caller refuses what is not finite
-            wanted *= np.repeat(scales, self._block)[start - block * self._block :][: stop - start]
+            wanted *= scales[np.arange(start, stop) // self._block - block]
         return wanted.reshape(count, columns)
 
     def _scales(self, first: int, count: int) -> F32:
@@ -129,6 +131,8 @@ class EightBitTensor(SourceTensor):
         self._weight = module.part("weight", ("I8",))
         self._scales = module.part(_SCALES, ("F32",), (1,))
         module.check_shape(_SCALES, self._weight.shape[:1])
+        if _ORDER in module and module.part(_ORDER, ("U8",), range(2)).elements(0, 1, "u1")[0]:
+            raise module.error(_ORDER, "is not 0: the matrix is not stored by rows, which npqwen does not read")
         self.path, self.shape = self._weight.path, self._weight.shape
         self.nbytes = self._weight.nbytes + self._scales.nbytes
 
@@ -171,7 +175,7 @@ class BitsAndBytes:
                 raise module.error(of_weight[0], f"has no {_STATE}nf4 beside it; is the download complete?")
             elif weight is not None:
                 found[module.weight] = weight
-            found |= module.others("weight", _SCALES, "weight_format", *of_weight)
+            found |= module.others("weight", _SCALES, _ORDER, *of_weight)
         return found
 
 

@@ -161,7 +161,9 @@ class Checkpoint:
         the text model, but of the image model."""
         if self.config.recurrence is not None and (of_draft := _of_draft(name)):
             return of_draft
-        return text_name(name) if self.has_images else name
+        # transformers also saves a hybrid's text part alone under the names of the whole.
+        own = text_name(name)
+        return own if self.has_images else own or name
 
     def tensor(self, name: str, shape: tuple[int, ...]) -> SourceTensor:
         """The tensor of this name; CheckpointError if it is missing, of another shape or of another dtype."""

@@ -24,8 +24,8 @@ import numpy.typing as npt
 from npqwen.errors import CheckpointError
 from npqwen.format.floats import widen
 from npqwen.wording import quoted
-from npqwen_quant.fp8 import E4M3, FP8, OF_ACTIVATIONS, block_size, blocks_of, check_matrix, scaled
-from npqwen_quant.microscaling import E8M0, E8M0_TYPES, MicroscaledTensor, scalar
+from npqwen_quant.fp8 import E8M0_TYPES, FP8, OF_ACTIVATIONS, block_size, blocks_of, check_matrix, scaled
+from npqwen_quant.microscaling import MicroscaledTensor, scalar
 from npqwen_quant.parts import FLOATS, INDICES, WORDS, Module, UnreadableError, modules, packed_words, unpack
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 
@@ -159,7 +159,8 @@ class CompressedTensors:
             kinds[f"{'FP' if weights.get('type') == 'float' else 'int'}{bits}"] = bits
             if block is not None:
                 blocks.append(block_size(block, "block_structure", where))
-        return cls(tuple(kinds.values()), tuple(blocks), f"compressed-tensors, {' and '.join(kinds)}")
+        of_weights = " and ".join(kinds) or "nothing but activations"
+        return cls(tuple(kinds.values()), tuple(blocks), f"compressed-tensors, {of_weights}")
 
     def dequantized(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
         """The checkpoint's tensors, its quantized matrices dequantized. CheckpointError for one that is incomplete."""
@@ -183,7 +184,7 @@ class CompressedTensors:
         weight = module.part("weight", _VALUES)
         scale = module.part("weight_scale", (*FLOATS, *E8M0_TYPES), range(3))
         if scale.stored.dtype in E8M0_TYPES:
-            return MicroscaledTensor(module, "weight", "weight_scale", 8, E8M0)
+            return MicroscaledTensor(module, "weight", "weight_scale", 8, "e8m0")
         shape = check_matrix(module.weight, weight)
         blocks: dict[tuple[int, ...], tuple[int, int]] = {blocks_of(shape, block): block for block in self.blocks}
         row = (1, shape[1])
@@ -199,6 +200,6 @@ def packed_floats(module: Module) -> MicroscaledTensor:
     """A matrix of "nvfp4-pack-quantized" or "mxfp4-pack-quantized"."""
     scale = module.part("weight_scale", (FP8, *E8M0_TYPES))
     if scale.stored.dtype != FP8:
-        return MicroscaledTensor(module, "weight_packed", "weight_scale", 4, E8M0)
+        return MicroscaledTensor(module, "weight_packed", "weight_scale", 4, "e8m0")
     of_all = scalar(module, "weight_global_scale")
-    return MicroscaledTensor(module, "weight_packed", "weight_scale", 4, E4M3, divisor=of_all)
+    return MicroscaledTensor(module, "weight_packed", "weight_scale", 4, "e4m3", divisor=of_all)

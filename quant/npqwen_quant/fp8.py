@@ -7,6 +7,7 @@ have one factor per matrix or per row.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -24,7 +25,8 @@ FP8 = "F8_E4M3"
 _SCALES = ("weight_scale_inv", "weight_scale")
 OF_ACTIVATIONS = {
     *("input_scale", "input_zero_point", "input_global_scale", "activation_scale"),
-    *("q_scale", "k_scale", "v_scale", "output_scale", "prob_output_scale"),  # of a quantized KV cache
+    # of a quantized KV cache
+    *("q_scale", "k_scale", "v_scale", "k_bias", "v_bias", "output_scale", "prob_output_scale"),
 }
 """Names of scales that weights do not need."""
 _LARGEST_BLOCK = 1 << 20
@@ -44,6 +46,10 @@ def _e4m3() -> F32:
 
 
 E4M3 = _e4m3()
+E8M0: F32 = np.array([*(2.0 ** (code - 127) for code in range(255)), np.nan], np.float32)
+"""The values of all bytes: powers of two, and NaN for the last."""
+E8M0_TYPES = ("U8", "F8_E8M0")
+"""Stored dtypes of scales in e8m0."""
 
 
 class ScaledTensor(SourceTensor):
@@ -66,7 +72,7 @@ class ScaledTensor(SourceTensor):
         values = _values(self._weight, first * self.shape[1], count * self.shape[1]).reshape(count, -1)
         start, stop = first // rows, ceil_div(first + count, rows)
         place = start * self._blocks[1], (stop - start) * self._blocks[1]
-        scales = self._wide(widen(self._scale.elements(*place, DTYPES[self._scale.stored.dtype])))
+        scales = self._wide(_factors(self._scale, *place))
         zeros = None if self._zero is None else self._wide(_values(self._zero, *place))
         with np.errstate(invalid="ignore", over="ignore"):  # the caller refuses what is not finite
             for block in range(start, stop):
@@ -89,6 +95,14 @@ def _values(tensor: PlainTensor, first: int, count: int) -> F32:
     return tensor.elements(first, count, "i1").astype(np.float32)
 
 
+def _factors(tensor: PlainTensor, first: int, count: int) -> F32:
+    """Elements of floats or e8m0, as float32."""
+    if tensor.stored.dtype in E8M0_TYPES:
+        factors: F32 = E8M0[tensor.elements(first, count, "u1")]
+        return factors
+    return widen(tensor.elements(first, count, DTYPES[tensor.stored.dtype]))
+
+
 def scaled(
     name: str,
     weight: PlainTensor,
@@ -100,10 +114,10 @@ def scaled(
 
     blocks: rows and columns of a block for each shape that the scales may have.
     """
-    if scale.stored.dtype not in DTYPES:
+    if scale.stored.dtype not in (*DTYPES, *E8M0_TYPES):
         raise CheckpointError(
             f"{scale.path}: the scales of {shortened(name)} are stored as {shortened(scale.stored.dtype)}; they can be "
-            "BF16, F16 or F32"
+            "BF16, F16, F32 or F8_E8M0"
         )
     if scale.shape not in blocks:
         raise CheckpointError(
@@ -126,7 +140,12 @@ def check_matrix(name: str, tensor: PlainTensor) -> tuple[int, int]:
 
 
 def block_size(value: Any, key: str, where: str) -> tuple[int, int]:
-    """Rows and columns of a block, from a configuration's value of this key. CheckpointError for anything else."""
+    """Rows and columns of a block, from a configuration's value of this key, as a list or like "128x128".
+
+    CheckpointError for anything else.
+    """
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,7}x[0-9]{1,7}", value):
+        value = [int(side) for side in value.split("x")]
     if (
         not isinstance(value, list)
         or len(value) != 2

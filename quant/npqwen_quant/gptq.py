@@ -27,6 +27,7 @@ from npqwen_quant.parts import (
     Module,
     UnreadableError,
     check_group_size,
+    fitting_size,
     modules,
     packed_words,
     unpack,
@@ -57,10 +58,9 @@ class GptqTensor(ColumnsTensor):
         groups = self._scales.shape[0]
         if packed_words(columns, self._bits) != words:
             raise module.error("g_idx", f"has {columns} columns, but qweight has {words} rows of words")
-        sizes = [columns if size == -1 else size for size in (config.group_size, *config.other_sizes)]
-        size = next((size for size in sizes if groups == ceil_div(columns, size)), 0)
-        if self._indices is None and not size:
-            raise module.error("scales", f"has {groups} groups; {columns} columns have {ceil_div(columns, sizes[0])}")
+        size = fitting_size(columns, groups, (config.group_size, *config.other_sizes))
+        if self._indices is None and groups != ceil_div(columns, size):
+            raise module.error("scales", f"has {groups} groups; {columns} columns have {ceil_div(columns, size)}")
         module.check_shape("scales", (groups, rows))
         module.check_shape("qzeros", (groups, packed_words(rows, self._bits)))
         self._group_size = size

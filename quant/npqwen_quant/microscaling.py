@@ -8,17 +8,16 @@ share a byte, the even column in its low half.
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from npqwen.format.floats import DTYPES, widen
-from npqwen_quant.fp8 import E4M3, FP8
+from npqwen_quant.fp8 import E4M3, E8M0, E8M0_TYPES, FP8
 from npqwen_quant.parts import FLOATS, WORDS, Module
 from npqwen_quant.tensors import SourceTensor
 
-E8M0_TYPES = ("U8", "F8_E8M0")
-"""Stored dtypes of scales in e8m0."""
 _PACKED = ("U8", *WORDS)
 """Stored dtypes of packed floats; words are little-endian."""
 
@@ -31,12 +30,12 @@ def _e2m1() -> F32:
     return np.array([*magnitudes, *(-value for value in magnitudes)], np.float32)
 
 
-def _e8m0() -> F32:
-    """The values of all bytes: powers of two, and NaN for the last."""
-    return np.array([*(2.0 ** (code - 127) for code in range(255)), np.nan], np.float32)
-
-
-E2M1, E8M0 = _e2m1(), _e8m0()
+E2M1 = _e2m1()
+ScaleFormat = Literal["e4m3", "e8m0"]
+_VALUES = {"e4m3": E4M3, "e8m0": E8M0}
+"""Of the bytes of scales."""
+_GROUP_SIZES = {"e4m3": (16, 32), "e8m0": (32,)}
+"""Columns that may share a scale: TensorRT-LLM also has NVFP4 with groups of 32."""
 
 
 class MicroscaledTensor(SourceTensor):
@@ -48,25 +47,27 @@ class MicroscaledTensor(SourceTensor):
         weight: str,
         scale: str,
         bits: int,
-        scale_values: F32,
+        scale_format: ScaleFormat,
         multiplier: float = 1.0,
         divisor: float = 1.0,
     ) -> None:
         """Raises CheckpointError for parts that are missing or do not fit together.
 
-        weight, scale: names of parts. bits: 4 (e2m1) or 8 (e4m3). scale_values: E4M3 or E8M0, the format of the scales,
-        which are multiplied by multiplier and divided by divisor.
+        weight, scale: names of parts. bits: 4 (e2m1) or 8 (e4m3). The scales are multiplied by multiplier and divided
+        by divisor.
         """
         self._values = module.part(weight, _PACKED if bits == 4 else (*_PACKED, FP8))
         self._scales = module.part(scale, (FP8, *E8M0_TYPES))
-        self._bits, self._scale_values = bits, scale_values
+        self._bits, self._scale_values = bits, _VALUES[scale_format]
         self._multiplier, self._divisor = np.float32(multiplier), np.float32(divisor)
         rows = self._values.shape[0]
         columns = self._values.nbytes // rows * 8 // bits
         groups = self._scales.shape[1]
         module.check_shape(scale, (rows, groups))
-        if columns % groups:
-            raise module.error(scale, f"has {groups} groups, which do not fit {columns} columns")
+        sizes = _GROUP_SIZES[scale_format]
+        if columns not in [groups * size for size in sizes]:
+            expected = " or ".join(map(str, sizes))
+            raise module.error(scale, f"has {groups} groups of {columns} columns; a group must have {expected}")
         self.path = self._values.path
         self.shape = rows, columns
         self.nbytes = self._values.nbytes + self._scales.nbytes
@@ -89,8 +90,11 @@ class MicroscaledTensor(SourceTensor):
 
 
 def scalar(module: Module, kind: str) -> float:
-    """The only element of a part. CheckpointError if it is missing or of another shape."""
+    """The only element of a part, a positive number. CheckpointError if it is missing or anything else."""
     part = module.part(kind, FLOATS, range(3))
     if math.prod(part.shape) != 1:
         raise module.error(kind, f"has the shape {list(part.shape)}, not that of one number")
-    return float(widen(part.elements(0, 1, DTYPES[part.stored.dtype]))[0])
+    value = float(widen(part.elements(0, 1, DTYPES[part.stored.dtype]))[0])
+    if not 0 < value < math.inf:
+        raise module.error(kind, f"is {value:g}, not a positive number")
+    return value

@@ -21,15 +21,14 @@ from npqwen.errors import CheckpointError
 from npqwen.format.floats import widen
 from npqwen.format.text_part import text_name
 from npqwen.wording import quoted
-from npqwen_quant.fp8 import E4M3
-from npqwen_quant.microscaling import E8M0, MicroscaledTensor
+from npqwen_quant.microscaling import MicroscaledTensor, ScaleFormat
 from npqwen_quant.parts import FLOATS, Module, UnreadableError, modules, unpack
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 
 _BITS = (2, 3, 4, 5, 6, 8)
 _AFFINE = "affine"
-_OF_FLOATS = {"nvfp4": (4, E4M3), "mxfp4": (4, E8M0), "mxfp8": (8, E8M0)}
-"""The modes of floats: bits, and the values of the scales' bytes."""
+_OF_FLOATS: dict[str, tuple[int, ScaleFormat]] = {"nvfp4": (4, "e4m3"), "mxfp4": (4, "e8m0"), "mxfp8": (8, "e8m0")}
+"""The modes of floats: bits, and the format of the scales."""
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 F32 = npt.NDArray[np.float32]

@@ -13,8 +13,8 @@ from typing import Any
 
 from npqwen.errors import CheckpointError
 from npqwen.wording import quoted
-from npqwen_quant.fp8 import E4M3, FP8, OF_ACTIVATIONS, blocks_of, check_matrix, scaled
-from npqwen_quant.microscaling import E8M0, E8M0_TYPES, MicroscaledTensor, scalar
+from npqwen_quant.fp8 import E8M0_TYPES, FP8, OF_ACTIVATIONS, blocks_of, check_matrix, scaled
+from npqwen_quant.microscaling import MicroscaledTensor, scalar
 from npqwen_quant.parts import FLOATS, Module, UnreadableError, modules
 from npqwen_quant.tensors import PlainTensor, SourceTensor
 
@@ -39,16 +39,19 @@ class ModelOpt:
 
     @property
     def description(self) -> str:
-        return f"ModelOpt, {' and '.join(self.algorithms)}"
+        return f"ModelOpt, {' and '.join(self.algorithms) or 'nothing but keys and values'}"
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], where: str) -> ModelOpt:
         """where: the checkpoint, for messages. CheckpointError for an impossible value or another algorithm."""
         whole = config.get("quantization")  # in a file of its own
-        found = tuple(dict.fromkeys(_algorithms(whole if isinstance(whole, dict) else config, where)))
+        config = whole if isinstance(whole, dict) else config
+        found = tuple(dict.fromkeys(_algorithms(config, where)))
+        groups = config.get("config_groups")
+        changes = [group for group in groups.values() if _changes(group)] if isinstance(groups, dict) else []
         for algorithm in found:
-            if algorithm not in _ALGORITHMS:
-                raise UnreadableError(f"ModelOpt, {algorithm}")
+            if algorithm not in _ALGORITHMS or changes or config.get("pre_quant_scale"):
+                raise UnreadableError(f"ModelOpt, {algorithm}{' with scaled activations' * (algorithm in _ALGORITHMS)}")
         return cls(found)
 
     def dequantized(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
@@ -67,8 +70,11 @@ class ModelOpt:
 def _algorithms(config: Mapping[str, Any], where: str) -> Iterator[str]:
     """The algorithms that a configuration names, of all layers."""
     name = config.get("quant_algo")
+    if name is None and ("kv_cache_quant_algo" in config or "kv_cache_scheme" in config):
+        return  # only keys and values are quantized, while it runs
+    name = _checked(name, where)
     if name != _MIXED:
-        yield _checked(name, where)
+        yield name
         return
     layers = config.get("quantized_layers")
     if not isinstance(layers, dict) or not all(isinstance(layer, dict) for layer in layers.values()):
@@ -78,9 +84,15 @@ def _algorithms(config: Mapping[str, Any], where: str) -> Iterator[str]:
 
 
 def _checked(name: Any, where: str) -> str:
+    """An algorithm's name; Model Optimizer writes some in lower case."""
     if not isinstance(name, str):
         raise CheckpointError(f"{where}: quant_algo is {quoted(name)}, not the name of an algorithm of Model Optimizer")
-    return name
+    return name.upper()
+
+
+def _changes(group: Any) -> bool:
+    """Whether the activations of a group of layers are scaled, or a product of low rank is added to the weights."""
+    return isinstance(group, dict) and bool(group.get("pre_quant_scale") or group.get("lora_rank"))
 
 
 def _tensor(module: Module) -> SourceTensor:
@@ -92,9 +104,9 @@ def _tensor(module: Module) -> SourceTensor:
     bits = 4 if weight.stored.dtype == "U8" else 8
     scale = module.part("weight_scale", (FP8, *E8M0_TYPES) if bits == 4 else (*FLOATS, *E8M0_TYPES), range(5))
     if scale.stored.dtype in E8M0_TYPES:
-        return MicroscaledTensor(module, "weight", "weight_scale", bits, E8M0)
+        return MicroscaledTensor(module, "weight", "weight_scale", bits, "e8m0")
     if bits == 4:
-        return MicroscaledTensor(module, "weight", "weight_scale", 4, E4M3, multiplier=scalar(module, "weight_scale_2"))
+        return MicroscaledTensor(module, "weight", "weight_scale", 4, "e4m3", scalar(module, "weight_scale_2"))
     shape = check_matrix(module.weight, weight)
     down, across = blocks_of(shape, _BLOCK)
     blocks = dict.fromkeys([(down, 1, across, 1), (down, across)], _BLOCK)

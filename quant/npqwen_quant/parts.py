@@ -99,6 +99,12 @@ def check_group_size(size: Any, where: str) -> None:
         raise CheckpointError(f"{where}: group_size is {quoted(size)}, not the number of columns of a group")
 
 
+def fitting_size(columns: int, groups: int, sizes: Iterable[int]) -> int:
+    """The first of the group sizes, -1 for all columns, by which `columns` have this many groups; the first if none."""
+    whole = [columns if size == -1 else size for size in sizes]
+    return next((size for size in whole if -(-columns // size) == groups), whole[0])
+
+
 def unpack(words: npt.NDArray[Any], bits: int, count: int) -> U8:
     """Integers of 2 to 8 bits, packed one after the other starting at the first word's lowest bit, also across words.
 

@@ -9,7 +9,7 @@ from npqwen.errors import CheckpointError
 from npqwen.wording import shortened
 from npqwen_quant import modelopt
 from npqwen_quant.autoround import METHODS as AUTOROUND
-from npqwen_quant.autoround import AutoRound
+from npqwen_quant.autoround import OF_MLX, AutoRound
 from npqwen_quant.awq import Awq
 from npqwen_quant.bitsandbytes import BitsAndBytes
 from npqwen_quant.compressed_tensors import CompressedTensors
@@ -43,6 +43,8 @@ def format_of(
     for impossible values.
     """
     config = next((raw_config[key] for key in KEYS if raw_config.get(key)), None)
+    if isinstance(config, dict) and config.get("packing_format") == OF_MLX:
+        config = raw_config.get("quantization") or config
     for name, content in (files or {}).items():
         if config is None:
             config = {"quant_method": CONFIG_FILES[name], **content}
@@ -64,11 +66,11 @@ def format_of(
             return CompressedTensors.from_config(config, where)
         if method == "bitsandbytes":
             return BitsAndBytes.from_config(config)
-        if isinstance(method, str) and method.startswith("modelopt"):
+        if str(method).startswith("modelopt") or (method is None and "quant_algo" in config):
             return ModelOpt.from_config(config, where)
         if method is None and "bits" in config:
             return Mlx.from_config(config, where)
-        raise UnreadableError(str(method))
+        raise UnreadableError("by an unknown method" if method is None else str(method))
     except UnreadableError as error:
         raise CheckpointError(
             f"{where} is quantized already ({shortened(str(error))}), which npqwen does not read; {advice}"

@@ -171,8 +171,10 @@ def _check_names(checkpoint: Checkpoint, shapes: Mapping[str, object], stored: I
         if _module(name) not in there:
             raise CheckpointError(f"{checkpoint.directory} has no tensor {name}; is the upload complete?")
     for one in stored:
-        if checkpoint.format is None or one.module not in modules:
+        if checkpoint.format is None:
             refuse_unknown(one.own if one.made[0] not in shapes else one.made[0], shapes, Path(one.shard))
+        elif one.module not in modules:  # perhaps a part of a matrix that is not used, such as the output matrix
+            refuse_unknown(f"{one.module}.weight", shapes, Path(one.shard))
 
 
 @dataclass

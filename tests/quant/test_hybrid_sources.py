@@ -171,6 +171,22 @@ def test_draft_layers_are_found_under_any_prefix(tmp_path: Path, name: str) -> N
     assert files[0] == files[1]
 
 
+@pytest.mark.parametrize("name", ["qwen35", "qwen35-moe"])
+def test_the_text_part_saved_alone(tmp_path: Path, name: str) -> None:
+    """transformers writes it with a text model's config.json, under the names of the whole."""
+    whole = rewritten(name, tmp_path / "whole", with_draft)
+    directory = rewritten(name, tmp_path / "text", lambda stored: {
+        key: values for key, values in with_draft(stored).items() if "visual" not in key
+    })  # fmt: skip
+    config = json.loads((directory / "config.json").read_text())
+    text = {key: value for key, value in config.items() if key != "text_config"} | config["text_config"]
+    text |= {"model_type": f"{config['model_type']}_text", "architectures": ["Qwen3_5ForCausalLM"]}
+    (directory / "config.json").write_text(json.dumps(text))
+    assert not Checkpoint(directory).has_images
+    equal(whole, directory)
+    convert_shards(directory, tmp_path / "out", in_shards(directory, anywhere))
+
+
 def in_shards(directory: Path, shard_of: Callable[[str], int]) -> Shards:
     """Move a checkpoint's tensors into shards elsewhere."""
     raw = (directory / "model.safetensors").read_bytes()

@@ -29,7 +29,8 @@ def config(case: str) -> dict[str, Any]:
     if library == "bitsandbytes":
         return {"quant_method": library, "load_in_8bit": kind == "int8", "bnb_4bit_quant_type": kind[:3]}
     if library == "modelopt":
-        return {"quant_method": library, "quant_algo": kind.upper()}
+        # Its exporter writes some names in lower case.
+        return {"quant_method": library, "quant_algo": kind.upper() if kind == "nvfp4" else kind}
     if library == "autoround":
         packing = "auto_round:auto_gptq" if "gptq" in kind else "auto_round"
         return {"quant_method": "auto-round", "bits": int(kind[-1]), "group_size": 32, "packing_format": packing}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -294,7 +295,21 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         part(f"{PROJ}.weight_global_scale", lambda s: np.repeat(s, 2)),
         r"weight_global_scale has the shape \[2\], not that of one number",
     ),
-    "nvfp4: a scale of zero": ("nvfp4", part(f"{PROJ}.weight_global_scale", np.zeros_like), "holds NaN or infinity"),
+    "nvfp4: a scale of zero": (
+        "nvfp4",
+        part(f"{PROJ}.weight_global_scale", np.zeros_like),
+        "weight_global_scale is 0, not a positive number",
+    ),
+    "nvfp4: an infinite scale": (
+        "nvfp4",
+        part(f"{PROJ}.weight_global_scale", lambda s: s * np.inf),
+        "weight_global_scale is inf, not a positive number",
+    ),
+    "nvfp4: one group": (
+        "nvfp4",
+        part(f"{PROJ}.weight_scale", lambda s: s[:, :1]),
+        "weight_scale has 1 groups of 64 columns; a group must have 16 or 32",
+    ),
     "nvfp4: scales of fewer rows": (
         "nvfp4",
         part(f"{PROJ}.weight_scale", lambda s: s[1:]),
@@ -303,7 +318,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "nvfp4: groups that do not divide": (
         "nvfp4",
         part(f"{PROJ}.weight_scale", lambda s: s[:, :3]),
-        "weight_scale has 3 groups, which do not fit 64 columns",
+        "weight_scale has 3 groups of 64 columns; a group must have 16 or 32",
     ),
     "nvfp4: scales of integers": (
         "nvfp4",
@@ -312,6 +327,16 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     ),
     "nvfp4: no packed weights": ("nvfp4", without(f"{PROJ}.weight_packed"), f"no {PROJ}.weight_packed, though"),
     "modelopt: awq of int4": ("modelopt", entry(quant_algo="INT4_AWQ"), r"\(ModelOpt, INT4_AWQ\)"),
+    "modelopt: scaled activations": (
+        "modelopt",
+        entry(quant_algo="NVFP4_AWQ", pre_quant_scale=True),
+        r"\(ModelOpt, NVFP4_AWQ with scaled activations\)",
+    ),
+    "modelopt: a product of low rank": (
+        "modelopt",
+        entry(config_groups={"group_0": {"lora_rank": 32}}),
+        r"\(ModelOpt, NVFP4 with scaled activations\)",
+    ),
     "modelopt: no algorithm": ("modelopt", entry(quant_algo=None), "quant_algo is None, not the name of an algorithm"),
     "modelopt: layers of nothing": (
         "modelopt",
@@ -338,7 +363,8 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "bnb: another type": ("bnb", entry(bnb_4bit_quant_type="int4"), r"\(bitsandbytes, int4\)"),
     "bnb: no description": ("bnb", without(f"{PROJ}.{STATE}"), f"quant_map has no {STATE} beside it"),
     "bnb: a description of nothing": ("bnb", part(f"{PROJ}.{STATE}", lambda s: s[1:]), "is not a JSON object"),
-    "bnb: another shape": ("bnb", described(shape=[64, 32]), r"weight has 2,048 bytes, which \[64, 32\] does not fit"),
+    "bnb: another shape": ("bnb", described(shape=[64, 32]), r"which the shape \[64, 32\] does not fit"),
+    "bnb: a shape of thousands of digits": ("bnb", described(shape=[10**4000, 1]), "does not fit"),
     "bnb: a shape in words": ("bnb", described(shape="64"), "has the shape '64', not rows and columns"),
     "bnb: a block of nothing": ("bnb", described(blocksize=0), "has the blocksize 0, not a number of weights"),
     "bnb: another block size": ("bnb", described(blocksize=32), r"absmax has shape \[64\], .* need \[128\]"),
@@ -350,6 +376,11 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
         r"weight.quant_map has shape \[15\], but other parts of the layer need \[16\]",
     ),
     "bnb: nan": ("bnb", part(f"{PROJ}.weight.nested_absmax", lambda s: s * np.nan), "holds NaN or infinity"),
+    "bnb8: another order": (
+        "bnb8",
+        part(f"{PROJ}.weight_format", lambda f: np.full(f.shape, 2, np.uint8).view("V1")),
+        "weight_format is not 0: the matrix is not stored by rows",
+    ),
     "bnb8: no scales": ("bnb8", without(f"{PROJ}.SCB"), f"no {PROJ}.SCB, though"),
     "bnb8: fewer scales": ("bnb8", part(f"{PROJ}.SCB", lambda s: s[1:]), r"SCB has shape \[63\], .* need \[64\]"),
     "autoround: rotated": ("autoround", entry(rotation_config={"hadamard_type": "x"}), r"\(AutoRound, rotated\)"),
@@ -384,6 +415,30 @@ def test_refused(tmp_path: Path, case: str) -> None:
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 600
     assert os.listdir(tmp_path) == ["in"]
+
+
+def test_a_huge_block_takes_no_memory(tmp_path: Path) -> None:
+    """A block of more weights than the matrix has is all of it."""
+    config, stored = made("bnb")
+    described(blocksize=2**31 - 1)(config, stored)
+    for kind in ("absmax", "nested_absmax"):
+        stored[f"{PROJ}.weight.{kind}"] = stored[f"{PROJ}.weight.{kind}"][:1]
+    write(tmp_path, config, stored)
+    tensor = Checkpoint(tmp_path).tensors[f"{PROJ}.weight"]
+    tracemalloc.start()
+    try:
+        tensor.floats(3, 5)
+        assert tracemalloc.get_traced_memory()[1] < 1_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_method_without_a_name(tmp_path: Path) -> None:
+    config, stored = made("gptq")
+    del config["quantization_config"]["quant_method"], config["quantization_config"]["bits"]
+    write(tmp_path, config, stored)
+    with pytest.raises(CheckpointError, match=r"quantized already \(by an unknown method\)"):
+        Checkpoint(tmp_path)
 
 
 VALUES = [None, True, -1, 0, 1, 3, 4, 8, 10**9, 10**30, 1.5, "x", "4", "gptq_v2", [], [0], [1, 2], {}, {"bits": 3}]

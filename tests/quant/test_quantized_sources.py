@@ -20,6 +20,7 @@ from npqwen_quant.quantized import format_of
 from npqwen_quant.recent import Recent
 from npqwen_quant.tensors import read_tensors
 from quantizers import (
+    E4M3,
     MOE,
     UNQUANTIZED,
     Quantizer,
@@ -36,6 +37,7 @@ from quantizers import (
     mlx,
     nvfp4,
     pack_quantized,
+    to_e4m3,
     write_quantized,
 )
 from stacked_experts import stacked
@@ -59,6 +61,21 @@ def of_compressed(layout: str, bits: int = 8, kind: str = "int", **weights: Any)
 def fp8_compressed(weights: np.ndarray, block: tuple[int, ...]) -> Any:
     parts, meant = fp8(weights, (block[0], block[1]))
     return {"weight": parts["weight"], "weight_scale": parts["weight_scale_inv"]}, meant
+
+
+def with_offsets(weights: np.ndarray) -> Any:
+    parts, meant = fp8_compressed(weights, weights.shape)
+    return parts | {name: np.ones(1, np.float32) for name in ("k_scale", "k_bias", "v_bias")}, meant
+
+
+def fp8_of_powers(weights: np.ndarray, block: tuple[int, int]) -> Any:
+    """FP8 whose scales are powers of two in e8m0."""
+    parts, _ = fp8(weights, block)
+    exponents = np.ceil(np.log2(parts["weight_scale_inv"]))
+    wide = np.repeat(np.repeat(np.exp2(exponents), block[0], 0), block[1], 1)[: weights.shape[0], : weights.shape[1]]
+    codes = to_e4m3(weights / wide)
+    scales = (exponents + 127).astype(np.uint8).view("V1")
+    return {"weight": codes, "weight_scale_inv": scales}, E4M3[codes] * wide.astype(np.float32)
 
 
 def of_autoround(**changes: Any) -> dict[str, Any]:
@@ -113,6 +130,14 @@ CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
         of_compressed("float-quantized", kind="float", block_structure=[16, 24]),
         lambda w: fp8_compressed(w, (16, 24)),
     ),
+    "float-quantized, blocks in words": (
+        of_compressed("float-quantized", kind="float", block_structure="16x24"),
+        lambda w: fp8_compressed(w, (16, 24)),
+    ),
+    "fp8, scales of powers of two": (
+        {"quant_method": "fp8", "weight_block_size": [16, 24], "scale_fmt": "ue8m0"},
+        lambda w: fp8_of_powers(w, (16, 24)),
+    ),
     **{
         f"mlx {bits} bits": ({"group_size": 32, "bits": bits}, partial(mlx, bits=bits, group=32))
         for bits in (2, 3, 4, 5, 6, 8)
@@ -134,6 +159,8 @@ CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
     "modelopt mxfp8": (of_modelopt("MXFP8"), partial(microscaled, bits=8, weight="weight")),
     "modelopt fp8": (of_modelopt("FP8"), lambda w: fp8_compressed(w, w.shape)),
     "modelopt fp8, rows": (of_modelopt("FP8_PER_CHANNEL_PER_TOKEN"), lambda w: fp8_compressed(w, (1, w.shape[1]))),
+    "modelopt fp8, blocks": (of_modelopt("fp8_pb_wo"), lambda w: fp8_compressed(w, (128, 128))),
+    "modelopt fp8, keys and values with offsets": (of_modelopt("FP8"), with_offsets),
     "bitsandbytes": (NF4, bitsandbytes),
     "bitsandbytes, double quantization": (NF4, partial(bitsandbytes, double=True)),
     "bitsandbytes, blocks across rows": (NF4, partial(bitsandbytes, block=56, double=True)),
@@ -149,6 +176,14 @@ CASES: dict[str, tuple[dict[str, Any], Quantizer]] = {
     ),
     "autoround, gptqmodel": (of_autoround(packing_format="auto_round:gptqmodel"), partial(gptq, version=2)),
     "autoround, awq": (of_autoround(packing_format="auto_round:auto_awq"), awq),
+    "autoround, awq, other groups than most": (
+        of_autoround(packing_format="auto_round:auto_awq", group_size=128, extra_config={"x": {"group_size": 16}}),
+        awq,
+    ),
+    "autoround, fp8 in blocks": (
+        of_autoround(bits=8, data_type="fp", packing_format="auto_round:fp8", weight_block_size=[16, 24]),
+        partial(fp8, block=(16, 24)),
+    ),
     "autoround, 5 bits": (of_autoround(bits=5), partial(gptq, bits=5, index=False)),
     "autoround, other bits and groups than most": (
         of_autoround(bits=2, group_size=128, extra_config={"q_proj": {"bits": 4, "group_size": 16}}),
@@ -275,6 +310,19 @@ def test_modelopt_that_describes_itself_in_a_file_of_its_own(tmp_path: Path) -> 
     found = Checkpoint(tmp_path).format
     assert found is not None
     assert found.description == "ModelOpt, NVFP4"
+
+
+def test_weights_that_are_not_quantized_beside_a_quantized_cache(tmp_path: Path) -> None:
+    config, tensors = small()
+    config["quantization_config"] = {"quant_method": "modelopt", "quant_algo": None, "kv_cache_quant_algo": "FP8"}
+    check_tensors(tmp_path, write_checkpoint(tmp_path, config, tensors))
+
+
+def test_autoround_for_mlx(tmp_path: Path) -> None:
+    config, tensors = small()
+    config["quantization"] = {"group_size": 32, "bits": 4}
+    config["quantization_config"] = of_autoround(packing_format="mlx")
+    check_tensors(tmp_path, write_quantized(tmp_path, config, tensors, partial(mlx, group=32), plain=()))
 
 
 def test_layers_of_different_algorithms(tmp_path: Path) -> None:

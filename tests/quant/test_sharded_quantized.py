@@ -45,8 +45,17 @@ FORMATS: dict[str, tuple[dict[str, Any], Quantizer]] = {
 SIZES = {"hidden_size": 64, "intermediate_size": 96, "tie_word_embeddings": False}
 
 
-def write(directory: Path, kind: str, shard_of: Callable[[str], int], **changes: Any) -> None:
-    """Write a checkpoint whose tensors lie in the shards that a function tells, by number."""
+def write(
+    directory: Path,
+    kind: str,
+    shard_of: Callable[[str], int],
+    more: dict[str, np.ndarray] | None = None,
+    **changes: Any,
+) -> None:
+    """Write a checkpoint whose tensors lie in the shards that a function tells, by number.
+
+    more: further tensors, as they are stored.
+    """
     entry, quantizer = FORMATS[kind]
     config = make_config(**(SIZES | entry | changes))
     write_quantized(directory, config, random_tensors(config), quantizer)
@@ -54,6 +63,7 @@ def write(directory: Path, kind: str, shard_of: Callable[[str], int], **changes:
         header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
     dtypes = {name: entry["dtype"] for name, entry in header.items() if name != "__metadata__"}
     stored = read_stored(directory / "model.safetensors", dtypes)
+    stored |= more or {}
     (directory / "model.safetensors").unlink()
     weight_map = {name: f"model-{shard_of(name)}.safetensors" for name in stored}
     for shard in set(weight_map.values()):
@@ -135,6 +145,19 @@ def test_a_mixture_in_fp8(tmp_path: Path) -> None:
     write(tmp_path / "in", "fp8", everywhere, **MIXTURE)
     convert(tmp_path / "in", tmp_path / "want", 3, shard_bytes=30_000)
     convert_shards(tmp_path / "in", tmp_path / "out", Remote(tmp_path / "in").shards, 3, shard_bytes=30_000)
+    assert contents(tmp_path / "out") == contents(tmp_path / "want")
+
+
+def test_an_output_matrix_that_is_not_used(tmp_path: Path) -> None:
+    """A model with tied embeddings may store a quantized lm_head, too."""
+    entry, quantizer = FORMATS["gptq"]
+    config = make_config(**(SIZES | entry | {"tie_word_embeddings": True}))
+    tensors = random_tensors(config)
+    parts = quantizer(tensors["model.embed_tokens.weight"])[0]
+    head = {f"lm_head.{kind}": values for kind, values in parts.items()}
+    write(tmp_path / "in", "gptq", everywhere, tie_word_embeddings=True, more=head)
+    convert(tmp_path / "in", tmp_path / "want")
+    convert_shards(tmp_path / "in", tmp_path / "out", Remote(tmp_path / "in").shards)
     assert contents(tmp_path / "out") == contents(tmp_path / "want")
 
 
