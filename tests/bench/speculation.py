@@ -1,11 +1,11 @@
-"""What guessed tokens are worth: tokens per second with and without them, taking turns.
+"""What draft tokens are worth: tokens per second with and without them, taking turns.
 
     python tests/bench/speculation.py MODEL [--draft MODEL | --own-layer] [--acceptance SHARE] [--threads N]
         [--rounds N] [--tokens N]
 
 MODEL: a converted directory; random weights will do. What the model says does not matter: its text is scripted, by a
 bias on the script's next token, so that every kind of text is decoded at the model's real cost. --draft: a text without
-repetition whose tokens this smaller model guesses, of which the given share is right, and what the times of single
+repetition whose tokens this smaller model drafts, of which the given share is right, and what the times of single
 passes promise. --own-layer: the same with the model's own draft layer.
 """
 
@@ -70,7 +70,7 @@ def rate(
     draft: DraftModel | None = None,
     layer: LayerStatistics | None = None,
 ) -> tuple[float, int, int]:
-    """Tokens per second after the first; guessed and accepted tokens."""
+    """Tokens per second after the first; drafted and accepted tokens."""
     start = len(prompt)
 
     def follow(ids: list[int], logits: Any) -> None:
@@ -108,17 +108,17 @@ class ScriptedLayer:
     def __init__(self, model: Model, likeliest: list[int]) -> None:
         assert model.draft_layer is not None
         self.layer, self.likeliest = model.draft_layer, likeliest
-        self.at = self.guessed = 0
-        """The token of the script that was drawn last, and guesses after it."""
+        self.at = self.drafted = 0
+        """The token of the script that was drawn last, and draft tokens after it."""
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.layer, name)
 
     def run(self, ids: Any, states: Any, cache: KVCache, out: Any, **options: Any) -> Any:
         found = self.layer.run(ids, states, cache, out, **options)
-        self.guessed = self.guessed + 1 if options.get("chained") else 1
-        if self.at + self.guessed < len(self.likeliest):
-            id, groups = self.likeliest[self.at + self.guessed], options["groups"]
+        self.drafted = self.drafted + 1 if options.get("chained") else 1
+        if self.at + self.drafted < len(self.likeliest):
+            id, groups = self.likeliest[self.at + self.drafted], options["groups"]
             lowest = out.shape[1] - UNIT_ROWS * groups.size
             if id >= lowest:
                 id += lowest + UNIT_ROWS * (int(np.searchsorted(groups, id // UNIT_ROWS)) - id // UNIT_ROWS)
@@ -128,7 +128,7 @@ class ScriptedLayer:
 
 
 def layer_seconds(model: Model, depth: int, rounds: int = 9) -> float:
-    """Median seconds of a guess by the model's draft layer at `depth`, of a quarter of the vocabulary."""
+    """Median seconds of a token drafted by the model's draft layer at `depth`, of a quarter of the vocabulary."""
     layer = model.draft_layer
     assert layer is not None
     cache, size = layer.new_cache(), model.config.hidden_size
@@ -159,13 +159,13 @@ def pass_seconds(model: Model, tokens: int, depth: int, rounds: int = 9) -> floa
 
 
 def promised(model: Model, draft: Model | None, acceptance: float, depth: int) -> tuple[float, int]:
-    """The ratio of speeds that the best number of guesses promises, and that number."""
+    """The ratio of speeds that the best number of draft tokens promises, and that number."""
     alone = pass_seconds(model, 1, depth)
-    guess = layer_seconds(model, min(depth, KEPT)) if draft is None else pass_seconds(draft, 1, depth)
+    draft_seconds = layer_seconds(model, min(depth, KEPT)) if draft is None else pass_seconds(draft, 1, depth)
     best = 0.0, 0
     for count in range(1, 7):
         tokens = sum(acceptance**i for i in range(count + 1))
-        best = max(best, (tokens * alone / (pass_seconds(model, count + 1, depth) + count * guess), count))
+        best = max(best, (tokens * alone / (pass_seconds(model, count + 1, depth) + count * draft_seconds), count))
     return best
 
 
@@ -192,12 +192,12 @@ def measure_draft(model: Model, draft: Model | None, acceptance: float, rounds: 
         rates = without, with_draft
     expected, count = sorted(promises)[len(promises) // 2]
     found = statistics.median(ratios)
-    print(f"plain {rates[0]:.1f}, guessing {rates[1]:.1f} tokens/s: {found:.2f}x")
-    print(f"{drafted} guessed, {accepted} accepted")
+    print(f"plain {rates[0]:.1f}, drafting {rates[1]:.1f} tokens/s: {found:.2f}x")
+    print(f"{drafted} drafted, {accepted} accepted")
     if draft is None:
-        guess, alone = layer_seconds(model, KEPT), pass_seconds(model, 1, KEPT)
-        print(f"a guess takes {1000 * guess:.2f} ms, a pass of one token {1000 * alone:.2f} ms")
-    print(f"{count} guesses a pass promise {expected:.2f}x; measured {found / expected:.2f} of that")
+        draft_seconds, alone = layer_seconds(model, KEPT), pass_seconds(model, 1, KEPT)
+        print(f"a draft token takes {1000 * draft_seconds:.2f} ms, a pass of one token {1000 * alone:.2f} ms")
+    print(f"{count} draft tokens a pass promise {expected:.2f}x; measured {found / expected:.2f} of that")
 
 
 def main() -> None:
@@ -219,7 +219,7 @@ def main() -> None:
         if given.own_layer:
             measure_draft(model, None, given.acceptance, given.rounds, given.tokens)
             return
-        print(f"{'text':<16}{'plain':>9}{'guessing':>10}{'ratio':>8}   guessed, accepted")
+        print(f"{'text':<16}{'plain':>9}{'drafting':>10}{'ratio':>8}   drafted, accepted")
         for name, (prompt, whole) in texts(model).items():
             script = whole[: given.tokens]
             rates: dict[bool | None, list[float]] = {False: [], None: []}
@@ -227,9 +227,9 @@ def main() -> None:
                 for speculation, found in rates.items():
                     speed, drafted, accepted = rate(model, prompt, script, speculation)
                     found.append(speed)
-            plain, guessing = (statistics.median(found) for found in rates.values())
+            plain, drafting = (statistics.median(found) for found in rates.values())
             ratio = statistics.median(b / a for a, b in zip(rates[False], rates[None], strict=True))
-            print(f"{name:<16}{plain:>9.1f}{guessing:>10.1f}{ratio:>7.2f}x   {drafted}, {accepted}")
+            print(f"{name:<16}{plain:>9.1f}{drafting:>10.1f}{ratio:>7.2f}x   {drafted}, {accepted}")
         seconds = [1000 * time for time in model.passes.seconds]
         print("milliseconds of passes of 1 to 16 tokens: " + " ".join(f"{time:.2f}" for time in seconds[1:]))
 
