@@ -129,7 +129,7 @@ class State:
 def run_pass(
     layer: Layer, parts: list[tuple[State, Tokens, int]], members: int = 1, offset: int = 0
 ) -> list[tuple[Floats, State]]:
-    """A pass over some sequences, each a state, tokens and how many of them are guesses: outputs and next states.
+    """A pass over some sequences, each a state, tokens and how many of them are draft tokens: outputs and next states.
 
     offset: float32 past the beginning of a cache line where the next states begin.
     """
@@ -139,18 +139,18 @@ def run_pass(
     gates = np.full((count + 2, 2 * shape.padded + 16), STALE, np.float32)
     out = np.full((count + 1, rows + 16), STALE, np.float32)
     records, nexts, first = np.zeros(len(parts), SEQUENCE), [State.stale(shape, offset) for _ in parts], 0
-    for record, (state, tokens, guesses), after in zip(records, parts, nexts, strict=True):
+    for record, (state, tokens, draft_tokens), after in zip(records, parts, nexts, strict=True):
         mine = slice(first, first + len(tokens))
         projected[mine, : shape.channels + rows] = tokens.projected
         gates[mine, : shape.heads] = tokens.b
         gates[mine, shape.padded : shape.padded + shape.heads] = tokens.a
         record["first"], record["tokens"], record["draft_tokens"], record["pending"] = (
-            *(first, len(tokens), guesses, state.pending),
+            *(first, len(tokens), draft_tokens, state.pending),
         )
         record["state"], record["next_state"] = state.values.ctypes.data, after.values.ctypes.data
         record["pending_rows"] = state.pending_rows.ctypes.data
         record["next_pending_rows"] = after.pending_rows.ctypes.data
-        after.pending = guesses
+        after.pending = draft_tokens
         first += len(tokens)
     room = scratch_floats(shape.key_dim, shape.dim)
     scratches = np.full((members, room + 16), STALE, np.float32)
@@ -164,12 +164,12 @@ def run_pass(
         ),
     )
     others = [index for index in range(LAYERS) if index != INDEX]
-    for (state, _, guesses), after, (values, pending) in zip(parts, nexts, before, strict=True):
+    for (state, _, draft_tokens), after, (values, pending) in zip(parts, nexts, before, strict=True):
         assert np.array_equal(state.values, values, equal_nan=True)
         assert np.array_equal(state.pending_rows, pending, equal_nan=True)
         assert np.all(after.values[others] == np.float32(STALE))
         assert np.all(after.pending_rows[others] == np.float32(STALE))
-        assert np.all(after.pending_rows[INDEX, guesses:] == np.float32(STALE))
+        assert np.all(after.pending_rows[INDEX, draft_tokens:] == np.float32(STALE))
     assert np.all(scratches[:, room:] == np.float32(STALE))
     assert np.all(out[:, rows:] == np.float32(STALE))
     assert np.all(out[count:] == np.float32(STALE))

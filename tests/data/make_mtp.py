@@ -35,7 +35,7 @@ from hybrids import draft_tensors
 TEXT = 120
 """Tokens of the golden text."""
 CHAIN = 3
-"""Tokens that the draft layer guesses after it, one from the other."""
+"""Tokens that the draft layer drafts after it, one from the other."""
 OF_NO_USE: tuple[str, ...] = ("chunk_size_feed_forward", "id2label", "label2id", "is_encoder_decoder", "return_dict")
 OF_NO_USE += ("output_attentions", "output_hidden_states", "problem_type")
 CONFIG = Qwen3_5TextConfig(
@@ -147,7 +147,7 @@ def store(trunk: Qwen3_5ForCausalLM, draft: Draft, place: Path) -> None:
 
 
 def golden(trunk: Qwen3_5ForCausalLM, draft: Draft, ids: torch.Tensor, columns: torch.Tensor) -> dict[str, np.ndarray]:
-    """Logits of the draft layer with states before and after the final norm, and what it guesses of them."""
+    """Logits of the draft layer with states before and after the final norm, and what it drafts of them."""
     found = {"ids": ids.numpy().astype(np.int32), "columns": columns.numpy().astype(np.int32)}
     before: list[torch.Tensor] = []
     hook = trunk.model.norm.register_forward_pre_hook(lambda module, args: before.append(args[0]))
@@ -158,13 +158,13 @@ def golden(trunk: Qwen3_5ForCausalLM, draft: Draft, ids: torch.Tensor, columns: 
         states, text = states[:, :-1], ids[None, 1:]
         own = draft(trunk, states, text)
         found[name] = trunk.lm_head(draft.norm(own))[0][:, columns].numpy()
-        guesses = []
+        draft_tokens = []
         for _ in range(CHAIN):
-            guesses.append(int(trunk.lm_head(draft.norm(own[0, -1])).argmax()))
+            draft_tokens.append(int(trunk.lm_head(draft.norm(own[0, -1])).argmax()))
             states = torch.cat([states, norm(own[:, -1:])], 1)
-            text = torch.cat([text, torch.tensor([[guesses[-1]]])], 1)
+            text = torch.cat([text, torch.tensor([[draft_tokens[-1]]])], 1)
             own = draft(trunk, states, text)
-        found[f"{name}-guesses"] = np.array(guesses, np.int32)
+        found[f"{name}-draft_tokens"] = np.array(draft_tokens, np.int32)
         found[f"{name}-chained"] = trunk.lm_head(draft.norm(own[0, -1]))[columns].numpy()
     return found
 

@@ -61,17 +61,17 @@ def logits_of(model: Model, ids: np.ndarray, states: np.ndarray, normed: bool) -
 
 
 @pytest.mark.parametrize("normed", [False, True])
-def test_logits_and_chained_guesses_of_torch(hybrid: Callable[[str, int], Path], normed: bool) -> None:
+def test_logits_and_chained_draft_tokens_of_torch(hybrid: Callable[[str, int], Path], normed: bool) -> None:
     ids, columns, name = TRAINED["ids"], TRAINED["columns"], "after" if normed else "before"
     with load(hybrid("mtp", 16), threads=2) as model:
         states = states_of(model, ids)
         rows, logits, (own, cache, out) = logits_of(model, ids, states, normed)
         assert np.abs(logits[:, columns] - TRAINED[name][rows]).max() < TOLERANCE
-        guesses = []
+        draft_tokens = []
         for _ in range(CHAIN):
-            guesses.append(int(out[0].argmax()))
-            own = layer_of(model).run(guesses[-1:], own[None], cache, out, normed=normed, chained=True)
-        assert guesses == TRAINED[f"{name}-guesses"].tolist()
+            draft_tokens.append(int(out[0].argmax()))
+            own = layer_of(model).run(draft_tokens[-1:], own[None], cache, out, normed=normed, chained=True)
+        assert draft_tokens == TRAINED[f"{name}-draft_tokens"].tolist()
         assert np.abs(out[0, columns] - TRAINED[f"{name}-chained"]).max() < TOLERANCE
         part = np.empty((1, 1024), np.float32)
         cache.truncate(len(ids) - 2)
@@ -124,7 +124,7 @@ def test_a_tail_keeps_the_latest_states() -> None:
         assert tail.end == at
         assert at - tail.first >= min(at, KEPT // 2)
         assert np.array_equal(tail.rows(tail.first, at), text[tail.first : at])
-        at -= int(random.integers(0, min(5, at)))  # guesses that were wrong
+        at -= int(random.integers(0, min(5, at)))  # draft tokens that were wrong
     tail.add(at + 10, text[:2])  # another text
     assert (tail.first, tail.end) == (at + 10, at + 12)
 

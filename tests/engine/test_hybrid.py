@@ -1,4 +1,4 @@
-"""Hybrids: logits against transformers, in whatever passes, after going back, and with guesses that turn out wrong."""
+"""Hybrids: logits against transformers, in whatever passes, after going back, and with wrong draft tokens."""
 
 from __future__ import annotations
 
@@ -95,25 +95,25 @@ def test_it_cannot_go_back_to_other_places(model: Model) -> None:
     assert cache.length == 50
 
 
-@pytest.mark.parametrize("guesses", [1, 3, 8, PASS - 1])
-def test_a_guess_that_is_wrong_leaves_no_trace(model: Model, guesses: int) -> None:
+@pytest.mark.parametrize("draft_tokens", [1, 3, 8, PASS - 1])
+def test_a_draft_token_that_is_wrong_leaves_no_trace(model: Model, draft_tokens: int) -> None:
     assert PASS <= MAX_DRAFT_TOKENS
     ids, _, _ = golden("qwen35")
     whole = model.logits(ids)
-    for right in range(guesses + 1):
+    for right in range(draft_tokens + 1):
         cache = model.new_cache()
         at = 40
         model.forward(ids[:at], cache)
-        while at + guesses + 1 < 90:
-            tokens = ids[at : at + 1 + guesses].copy()
+        while at + draft_tokens + 1 < 90:
+            tokens = ids[at : at + 1 + draft_tokens].copy()
             tokens[1 + right :] = 7  # wrong ones
-            logits = model.forward_pieces([Piece(tokens.astype(np.int64), cache, guesses + 1, guesses)])[0]
+            logits = model.forward_pieces([Piece(tokens.astype(np.int64), cache, draft_tokens + 1, draft_tokens)])[0]
             assert np.array_equal(logits[: right + 1], whole[at : at + right + 1])
-            cache.retract(guesses)
+            cache.retract(draft_tokens)
             cache.restore(right)
             at += 1 + right
             assert cache.length == at
-        copy = cache.fork()  # with guesses that are not in its state yet
+        copy = cache.fork()  # with draft tokens that are not in its state yet
         cache.truncate(cache.length)
         for each in (copy, cache):
             assert np.array_equal(model.forward(ids[at:], each, all_logits=True), whole[at:])

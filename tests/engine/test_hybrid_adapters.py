@@ -100,7 +100,7 @@ def test_logits_are_those_of_merged_weights(tmp_path: Path, threads: int) -> Non
 
 
 def test_tokens_are_the_same_to_the_bit_alone_and_in_company(mixed: Model) -> None:
-    """Prompts, single tokens and guesses of texts with several adapters, and with none, in one pass."""
+    """Prompts, single tokens and draft tokens of texts with several adapters, and with none, in one pass."""
     names = [None, "all", "one", None, "recurrent", "all", "all", "one", "all", "all"]
     sizes = [3, 30, 1, 40, 5, 1, 1, 2, 1, 1]
     alone, caches = [], []

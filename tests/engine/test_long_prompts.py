@@ -75,10 +75,10 @@ def test_long_parts_of_several_prompts_share_a_pass(tiny: Callable[[int], Path])
             np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("guesses", [1, 99])
-def test_verified_drafts_keep_their_bits(model: Model, guesses: int) -> None:
+@pytest.mark.parametrize("draft_tokens", [1, 99])
+def test_verified_drafts_keep_their_bits(model: Model, draft_tokens: int) -> None:
     exact = in_passes(model, TOKENS[:100], PROMPT_TOKENS - 1)
-    piece = Piece(TOKENS[:100], model.new_cache(300), 100, guesses)
+    piece = Piece(TOKENS[:100], model.new_cache(300), 100, draft_tokens)
     np.testing.assert_array_equal(model.forward_pieces([piece])[0], exact)
 
 

@@ -1,4 +1,4 @@
-"""Guesses, a draft model, prefixes in memory and on disk, batches, all at once: a text is the one without them."""
+"""Draft tokens, a draft model, prefixes in memory and on disk, batches, all at once: a text is the one without them."""
 
 from __future__ import annotations
 

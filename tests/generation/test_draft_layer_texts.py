@@ -1,4 +1,4 @@
-"""Guesses of a hybrid's own draft layer: texts stay the same to the bit, and the guesses are used where they pay."""
+"""A hybrid's own draft layer: texts stay the same to the bit, and its draft tokens are used where they pay."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def model(hybrid: Callable[[str, int], Path]) -> Iterator[Model]:
 
 @pytest.fixture
 def forgetful(model: Model, monkeypatch: pytest.MonkeyPatch) -> Model:
-    """The model, whose texts do not know earlier ones, so that only the draft layer guesses."""
+    """The model, whose texts do not know earlier ones, so that only the draft layer drafts."""
     monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerStatistics(model)))
     monkeypatch.setattr(Drafting, "remember", lambda self, ids: None)
     return model
 
 
-def test_texts_are_the_same_and_most_guesses_are_right(forgetful: Model) -> None:
+def test_texts_are_the_same_and_most_draft_tokens_are_right(forgetful: Model) -> None:
     drafted = accepted = 0
     for seed in range(18):
         options: dict[str, Any] = {"max_tokens": 40, "seed": seed, "temperature": (0, 0.7, 1.2)[seed % 3]}
@@ -52,10 +52,10 @@ def test_texts_are_the_same_and_most_guesses_are_right(forgetful: Model) -> None
         question = QUESTIONS[seed % len(QUESTIONS)]
         plain = generate(forgetful, question, speculation=False, **options)
         assert not plain.usage.drafted_tokens
-        guessed = generate(forgetful, question, speculation=True, **options)
-        assert guessed.ids == plain.ids
+        speculative = generate(forgetful, question, speculation=True, **options)
+        assert speculative.ids == plain.ids
         assert generate(forgetful, question, **options).ids == plain.ids
-        drafted, accepted = drafted + guessed.usage.drafted_tokens, accepted + guessed.usage.accepted_tokens
+        drafted, accepted = drafted + speculative.usage.drafted_tokens, accepted + speculative.usage.accepted_tokens
     assert drafted > 100
     assert accepted > drafted / 2
     layer = forgetful.drafting.layer
@@ -63,14 +63,14 @@ def test_texts_are_the_same_and_most_guesses_are_right(forgetful: Model) -> None
     assert min(one.decided for one in layer.by_state) > 0  # both kinds of states were tried
 
 
-def test_logprobs_of_accepted_guesses_are_those_of_the_text_alone(forgetful: Model) -> None:
+def test_logprobs_of_accepted_draft_tokens_are_those_of_the_text_alone(forgetful: Model) -> None:
     options: dict[str, Any] = {"max_tokens": 30, "temperature": 0, "top_logprobs": 3}
-    plain, guessed = (generate(forgetful, QUESTIONS[1], speculation=wanted, **options) for wanted in (False, True))
-    assert guessed.usage.accepted_tokens > 3
-    assert guessed.logprobs == plain.logprobs
+    plain, speculative = (generate(forgetful, QUESTIONS[1], speculation=wanted, **options) for wanted in (False, True))
+    assert speculative.usage.accepted_tokens > 3
+    assert speculative.logprobs == plain.logprobs
 
 
-def test_guesses_are_those_of_torch_and_follow_the_text(model: Model) -> None:
+def test_draft_tokens_are_those_of_torch_and_follow_the_text(model: Model) -> None:
     ids = TRAINED["ids"].tolist()
     for name, normed in (("before", False), ("after", True)):
         layer = LayerStatistics(model)
@@ -82,27 +82,27 @@ def test_guesses_are_those_of_torch_and_follow_the_text(model: Model) -> None:
         assert not drafter.catch_up()  # nothing is known yet
         model.forward(ids[:-1], cache)
 
-        def guesses(drafter: LayerDrafter = drafter, most: int = 3) -> list[int]:
+        def draft_tokens(drafter: LayerDrafter = drafter, most: int = 3) -> list[int]:
             assert drafter.catch_up()
             found: list[int] = []
             while len(found) < most:
-                guess = drafter.next(found)
-                assert guess is not None
-                found.append(guess.id)
+                draft_token = drafter.next(found)
+                assert draft_token is not None
+                found.append(draft_token.id)
             return found
 
-        want = TRAINED[f"{name}-guesses"].tolist()
-        assert guesses() == want
-        assert guesses() == want  # after its own guesses
+        want = TRAINED[f"{name}-draft_tokens"].tolist()
+        assert draft_tokens() == want
+        assert draft_tokens() == want  # after its own draft tokens
         drafter.extend([want[0], 300])
         assert not drafter.catch_up()  # of two further tokens the states are not known
         model.forward([ids[-1], want[0]], cache)
-        late = guesses()
+        late = draft_tokens()
         other = LayerDrafter(layer, [*ids, want[0], 300])  # whose cache begins here, with another state
         fresh = model.new_cache()
         other.follow(fresh)
         model.forward([*ids, want[0]], fresh)
-        assert guesses(other) == late
+        assert draft_tokens(other) == late
         other.leave()
         assert fresh.tail is None
         assert not other.catch_up()
@@ -146,7 +146,7 @@ def test_conversations_forks_and_batches(forgetful: Model) -> None:
     assert [one.ids for one in found_all] == [one.ids for one in want_all]
 
 
-def test_texts_of_a_batch_guess_only_while_they_are_alone(forgetful: Model) -> None:
+def test_texts_of_a_batch_draft_only_while_they_are_alone(forgetful: Model) -> None:
     options: dict[str, Any] = {"temperature": 0, "logit_bias": {4098: -1e9, 4096: -1e9}}
     lengths = [10, 45]
     plain = [generate(forgetful, QUESTIONS[1], speculation=False, max_tokens=most, **options).ids for most in lengths]
@@ -200,7 +200,7 @@ def test_the_kind_of_states_is_decided_by_acceptance(model: Model) -> None:
 
 
 @pytest.mark.parametrize(("cost", "pays"), [(0.05, True), (0.95, False)])
-def test_it_is_run_only_where_its_guesses_pay(
+def test_it_is_run_only_where_its_draft_tokens_pay(
     model: Model, cost: float, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     times = PassTimes(sparse=False)

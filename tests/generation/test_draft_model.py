@@ -1,4 +1,4 @@
-"""A draft model: texts stay the same, its cache follows them, and it guesses only where that pays."""
+"""A draft model: texts stay the same, its cache follows them, and it drafts only where that pays."""
 
 from __future__ import annotations
 
@@ -43,30 +43,30 @@ def test_texts_are_the_same_with_a_draft_model(pair: Model) -> None:
         options: dict[str, Any] = {"max_tokens": 50, "seed": seed, "temperature": (0, 0.7, 1.2)[seed % 3]}
         plain = generate(pair, QUESTION, speculation=False, **options)
         for wanted in (True, None):
-            guessed = generate(pair, QUESTION, speculation=wanted, **options)
-            assert guessed.ids == plain.ids
-            drafted, accepted = drafted + guessed.usage.drafted_tokens, accepted + guessed.usage.accepted_tokens
+            speculative = generate(pair, QUESTION, speculation=wanted, **options)
+            assert speculative.ids == plain.ids
+            drafted, accepted = drafted + speculative.usage.drafted_tokens, accepted + speculative.usage.accepted_tokens
     assert 60 < accepted < drafted
 
 
-def test_it_guesses_what_the_draft_model_would_say(pair: Model) -> None:
+def test_it_drafts_what_the_draft_model_would_say(pair: Model) -> None:
     assert pair.draft is not None
     ids = pair.tokenizer.encode(QUESTION)
     drafter = ModelDrafter(DraftModel(pair.draft, pair), ids)
     expected = greedy(pair.draft, ids, 5)
     assert drafter.catch_up()
-    guesses: list[int] = []
+    draft_tokens: list[int] = []
     for _ in range(5):
-        guess = drafter.next(guesses)
-        assert guess is not None
-        guesses.append(guess.id)
-    assert guesses == expected
+        draft_token = drafter.next(draft_tokens)
+        assert draft_token is not None
+        draft_tokens.append(draft_token.id)
+    assert draft_tokens == expected
     other = next(id for id in range(300, 400) if id != expected[2])
     drafter.extend([*expected[:2], other])  # the third was wrong
     assert drafter.catch_up()
-    guess = drafter.next([])
-    assert guess is not None
-    assert [guess.id] == greedy(pair.draft, [*ids, *expected[:2], other], 1)
+    draft_token = drafter.next([])
+    assert draft_token is not None
+    assert [draft_token.id] == greedy(pair.draft, [*ids, *expected[:2], other], 1)
 
 
 def test_it_computes_as_much_of_the_vocabulary_as_the_text_needs(pair: Model) -> None:
@@ -76,9 +76,9 @@ def test_it_computes_as_much_of_the_vocabulary_as_the_text_needs(pair: Model) ->
     for ids, expected in (([300, id] * 40, most) for id, most in parts.items()):
         drafter = ModelDrafter(DraftModel(pair.draft, pair), ids)
         assert drafter.catch_up()
-        guess = drafter.next([])
-        assert guess is not None
-        assert guess.id == pair.draft.logits(ids)[-1][:expected].argmax()
+        draft_token = drafter.next([])
+        assert draft_token is not None
+        assert draft_token.id == pair.draft.logits(ids)[-1][:expected].argmax()
 
 
 def test_its_cache_catches_up_chunk_by_chunk(pair: Model) -> None:
@@ -87,9 +87,9 @@ def test_its_cache_catches_up_chunk_by_chunk(pair: Model) -> None:
     pair.draft.prefixes.clear()
     drafter = ModelDrafter(DraftModel(pair.draft, pair), ids)
     assert [drafter.catch_up() for _ in range(4)] == [False, False, True, True]
-    guess = drafter.next([])
-    assert guess is not None
-    assert [guess.id] == greedy(pair.draft, ids, 1)
+    draft_token = drafter.next([])
+    assert draft_token is not None
+    assert [draft_token.id] == greedy(pair.draft, ids, 1)
     drafter.close()
     again = ModelDrafter(DraftModel(pair.draft, pair), ids)  # what it computed is in the draft model's pool
     assert again.catch_up()
@@ -122,7 +122,7 @@ def test_a_batchs_memory_holds_the_draft_models_keys_and_values_too(tiny: Any) -
         of_target, of_draft = (model.new_cache(1).page_bytes for model in (pair, pair.draft))
         plain = generate(pair, QUESTION, speculation=False, **options)
         limits = [3 * (of_target + of_draft), 3 * of_target + of_draft, 3 * of_target]
-        for limit, guesses in zip(limits, (True, True, False), strict=True):
+        for limit, drafts in zip(limits, (True, True, False), strict=True):
             pair.prefixes.clear()
             pair.draft.prefixes.clear()
             batch = Batch(pair, memory=limit)
@@ -134,11 +134,11 @@ def test_a_batchs_memory_holds_the_draft_models_keys_and_values_too(tiny: Any) -
             assert most <= limit
             kept = [page for model in (pair, pair.draft) for page in model.prefixes.arrays]
             assert batch.cache_bytes == sum(page.nbytes for page in kept) <= limit
-            assert any(page.nbytes == of_draft for page in kept) == guesses
+            assert any(page.nbytes == of_draft for page in kept) == drafts
 
 
 def priced(pair: Model, longest: float, cost: float, monkeypatch: pytest.MonkeyPatch) -> Drafting:
-    """Passes of one token take 1 second and those of 16 `longest`, a guess takes `cost`."""
+    """Passes of one token take 1 second and those of 16 `longest`, a draft token takes `cost`."""
     assert pair.draft is not None
     times = PassTimes(sparse=False)
     times.add(1, 1.0)
@@ -149,7 +149,7 @@ def priced(pair: Model, longest: float, cost: float, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize(("cost", "drafts"), [(0.05, True), (0.9, False)])
-def test_it_is_run_only_where_its_guesses_pay(
+def test_it_is_run_only_where_its_draft_tokens_pay(
     cost: float, drafts: bool, pair: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafting = priced(pair, 1.5, cost, monkeypatch)
@@ -159,7 +159,7 @@ def test_it_is_run_only_where_its_guesses_pay(
     assert Speculation(drafting, ids, always=True).propose([], PASS, 1)
 
 
-def test_it_stops_when_its_guesses_are_wrong_and_tries_again_rarely(
+def test_it_stops_when_its_draft_tokens_are_wrong_and_tries_again_rarely(
     pair: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     drafting = priced(pair, 1.2, 0.15, monkeypatch)
@@ -201,7 +201,7 @@ def test_the_loaded_draft_model_is_closed_with_its_model_and_a_given_one_is_not(
         model.draft.logits([300])
 
 
-def test_guesses_come_from_earlier_answers_too() -> None:
+def test_draft_tokens_come_from_earlier_answers_too() -> None:
     drafting = Drafting()
     answer = list(range(100, 130))
     drafting.remember(answer)

@@ -1,4 +1,4 @@
-"""The ids that a draft layer's guesses are chosen from: the lowest, and beyond them those that the text has had."""
+"""The ids that a draft layer chooses from: the lowest, and beyond them those that the text has had."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_many_new_ids_need_a_larger_part() -> None:
     assert ids_of(vocabulary) == list(range(SIZE))
 
 
-def test_added_ids_can_be_guessed_once_the_text_has_them() -> None:
+def test_added_ids_can_be_drafted_once_the_text_has_them() -> None:
     vocabulary = DraftVocabulary(SIZE, range(SIZE - 20, SIZE))
     vocabulary.follow([SIZE - 1, 5, 6, 7])
     ids = ids_of(vocabulary)
@@ -84,7 +84,7 @@ def test_ids_are_chosen_anew_after_some_tokens() -> None:
 
 
 @pytest.mark.parametrize("size", [SIZE - 5, 16 * 3 + 1])
-def test_padding_is_never_guessed(size: int) -> None:
+def test_padding_is_never_drafted(size: int) -> None:
     vocabulary = DraftVocabulary(size, [])
     for text in ([4] * 50 + [size - 1] * 500, list(range(0, size, 3))):
         vocabulary.follow([*text, *[5] * 100])
@@ -128,7 +128,7 @@ def test_impossible_groups_are_refused(model: Model) -> None:
         logits_of(layer, 32, [3, 4])
 
 
-def test_ids_of_the_prompt_are_guessed_beyond_the_lowest_ones(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_of_the_prompt_are_drafted_beyond_the_lowest_ones(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where only the 256 lowest ids would do: bytes, and no word of the text."""
     monkeypatch.setattr(draft_vocabulary, "_PARTS", (1 / 16,))
     monkeypatch.setattr(draft_vocabulary, "ENOUGH", 0)

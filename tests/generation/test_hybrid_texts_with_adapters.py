@@ -119,7 +119,7 @@ def test_a_session_goes_back_to_states_of_its_adapter_only(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_guesses_of_the_draft_layer_change_no_text(
+def test_draft_tokens_of_the_draft_layer_change_no_text(
     model: Model, name: str | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model, "_drafting", Drafting(model.passes, layer=LayerStatistics(model)))
@@ -129,9 +129,9 @@ def test_guesses_of_the_draft_layer_change_no_text(
     for seed in range(4):
         options: dict[str, Any] = {"max_tokens": 30, "seed": seed, "temperature": 0.5 * seed, "adapter": name}
         plain = model.generate(prompt, speculation=False, **options)
-        guessed = model.generate(prompt, speculation=True, **options)
-        assert guessed.ids == plain.ids
+        speculative = model.generate(prompt, speculation=True, **options)
+        assert speculative.ids == plain.ids
         assert model.generate(prompt, **options).ids == plain.ids
-        drafted, accepted = drafted + guessed.usage.drafted_tokens, accepted + guessed.usage.accepted_tokens
+        drafted, accepted = drafted + speculative.usage.drafted_tokens, accepted + speculative.usage.accepted_tokens
     assert drafted > 20
     assert accepted > (20 if name is None else 0)

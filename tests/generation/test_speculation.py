@@ -1,4 +1,4 @@
-"""Guessed tokens: the text is the one without them, whatever the options; the cache holds it, whatever ends it."""
+"""Draft tokens: the text is the one without them, whatever the options; the cache holds it, whatever ends it."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_nothing_is_drafted_beyond_the_last_token() -> None:
 
 
 @pytest.mark.parametrize("bits", [4, 16])
-def test_two_hundred_texts_are_the_same_with_and_without_guesses(bits: int, tiny: Any) -> None:
+def test_two_hundred_texts_are_the_same_with_and_without_draft_tokens(bits: int, tiny: Any) -> None:
     import npqwen
 
     structured = pytest.importorskip("llguidance", reason="structures need it") is not None
@@ -182,7 +182,7 @@ def test_two_hundred_texts_are_the_same_with_and_without_guesses(bits: int, tiny
     assert 300 < accepted < drafted
 
 
-def test_texts_of_a_batch_are_the_same_with_and_without_guesses(tiny_model: Model) -> None:
+def test_texts_of_a_batch_are_the_same_with_and_without_draft_tokens(tiny_model: Model) -> None:
     draw = RandomTexts(7, tiny_model.tokenizer, False)
     drafted = 0
     for _ in range(12):
@@ -238,7 +238,7 @@ def test_a_draft_takes_no_memory_from_other_texts(tiny_model: Model) -> None:
 
 @pytest.fixture
 def repeating(tiny_model: Model) -> tuple[list[int], dict[str, Any]]:
-    """A prompt and options with which most guesses are right, but not all."""
+    """A prompt and options with which most draft tokens are right, but not all."""
     options = {"temperature": 0.7, "seed": 5, "max_tokens": 80, "logit_bias": {4098: -1e9, 4096: -1e9}}
     return tiny_model.tokenizer.encode(PROMPTS[2]), options
 
@@ -351,7 +351,7 @@ def test_turns_of_a_conversation_are_the_same(tiny_model: Model) -> None:
     assert turns(True) == turns(False)
 
 
-def test_an_answers_usage_counts_guesses(tiny_model: Model) -> None:
+def test_an_answers_usage_counts_draft_tokens(tiny_model: Model) -> None:
     events = tiny_model.stream_chat("14 + 37 =", seed=1, speculation=True)
     finish = [event for event in events if isinstance(event, Finish)][-1]
     usage = finish.reply.usage
@@ -366,7 +366,7 @@ def test_automatic_needs_a_model_that_knows_what_its_passes_cost() -> None:
     assert generate(model, [1, *PERIOD]).usage.accepted_tokens > 20
 
 
-def test_a_mixture_is_guessed_only_where_it_is_sure() -> None:
+def test_a_mixture_is_drafted_only_where_it_is_sure() -> None:
     drafted = {}
     for sparse in (False, True):
         for name, text in (("short", [5, 6, 7, 8, 9, 5, 6, 7, 10, 11]), ("long", PERIOD * 3)):

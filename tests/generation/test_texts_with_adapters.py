@@ -155,7 +155,7 @@ def test_saved_sessions_come_back_with_their_adapter(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_guessed_tokens_change_no_text_with_an_adapter(plain: Model, name: str | None) -> None:
+def test_draft_tokens_change_no_text_with_an_adapter(plain: Model, name: str | None) -> None:
     prompt = plain.tokenizer.encode("one two three four five " * 12)
     options = {**GREEDY, "max_tokens": 40, "adapter": name}
     slow = plain.generate(prompt, speculation=False, **options)
@@ -164,7 +164,7 @@ def test_guessed_tokens_change_no_text_with_an_adapter(plain: Model, name: str |
     assert fast.usage.drafted_tokens > 0
 
 
-def test_a_draft_model_guesses_without_the_adapter(
+def test_a_draft_model_drafts_without_the_adapter(
     tiny: Callable[[int], Path], adapters: dict[str, Path], expected: dict[str | None, list[int]]
 ) -> None:
     with load(tiny(16), threads=2, adapters=adapters, draft=tiny(4)) as model:

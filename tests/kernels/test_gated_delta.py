@@ -61,8 +61,8 @@ def test_a_prompt_in_pieces_is_the_prompt_whole_to_the_bit(size: int) -> None:
 def test_a_sequence_in_company_is_the_sequence_alone_to_the_bit(members: int) -> None:
     layer = Layer(SMALL)
     parts = [
-        (State.random(SMALL, seed), Tokens(SMALL, count, seed + 10), guesses)
-        for seed, (count, guesses) in enumerate([(1, 0), (33, 0), (5, 4), (1, 0), (16, 0), (2, 2)])
+        (State.random(SMALL, seed), Tokens(SMALL, count, seed + 10), draft_tokens)
+        for seed, (count, draft_tokens) in enumerate([(1, 0), (33, 0), (5, 4), (1, 0), (16, 0), (2, 2)])
     ]
     for found, part in zip(run_pass(layer, parts, members), parts, strict=True):
         (alone,) = run_pass(layer, [part])
@@ -70,42 +70,42 @@ def test_a_sequence_in_company_is_the_sequence_alone_to_the_bit(members: int) ->
         assert np.array_equal(found[1].pending_rows, alone[1].pending_rows)
 
 
-@pytest.mark.parametrize("guesses", range(9))
+@pytest.mark.parametrize("draft_tokens", range(9))
 @pytest.mark.parametrize("sure", [0, 1, 2, 12, 18])
-def test_guesses_that_turn_out_right_are_the_tokens_they_guess_to_the_bit(guesses: int, sure: int) -> None:
-    if sure + guesses == 0:
+def test_right_draft_tokens_leave_the_state_of_those_tokens_to_the_bit(draft_tokens: int, sure: int) -> None:
+    if sure + draft_tokens == 0:
         return
-    layer, state, tokens = Layer(SMALL), State.random(SMALL, 1), Tokens(SMALL, sure + guesses, 2)
+    layer, state, tokens = Layer(SMALL), State.random(SMALL, 1), Tokens(SMALL, sure + draft_tokens, 2)
     following = Tokens(SMALL, 5, 3)
     plain_out, plain = token_by_token(layer, state, tokens)
-    ((out, after),) = run_pass(layer, [(state, tokens, guesses)])
+    ((out, after),) = run_pass(layer, [(state, tokens, draft_tokens)])
     assert np.array_equal(out, plain_out)
     if sure:
         assert np.array_equal(after.values, plain[sure].values)
     else:
         assert np.array_equal(after.values[INDEX], state.values[INDEX])
-    for right in range(guesses + 1):
+    for right in range(draft_tokens + 1):
         begun = plain[sure + right]
         expected_out, expected = token_by_token(layer, begun, following)
-        # The pass after it computes the right ones again, before tokens of its own, with or without guesses.
+        # The pass after it computes the right ones again, before tokens of its own, with or without draft tokens.
         (found,) = run_pass(layer, [(after.accepting(right), following, 0)])
         same(found, (expected_out, expected[-1]))
         (more,) = run_pass(layer, [(after.accepting(right), following, 4)])
         assert np.array_equal(more[0], found[0])
         (last,) = run_pass(layer, [(more[1].accepting(3), following, 0)])
         same(last, in_pieces(layer, expected[4], following, 1))
-        # All of its own tokens can be guesses; the right ones are then part of its next state.
-        (guessed,) = run_pass(layer, [(after.accepting(right), following, 5)])
-        assert np.array_equal(guessed[0], found[0])
-        assert np.array_equal(guessed[1].values[INDEX], begun.values[INDEX])
+        # All of its own tokens can be draft tokens; the right ones are then part of its next state.
+        (drafted,) = run_pass(layer, [(after.accepting(right), following, 5)])
+        assert np.array_equal(drafted[0], found[0])
+        assert np.array_equal(drafted[1].values[INDEX], begun.values[INDEX])
 
 
-@pytest.mark.parametrize(("count", "guesses"), [(1, 0), (1, 1), (2, 1), (9, 8), (16, 0), (17, 0), (20, 5), (40, 8)])
+@pytest.mark.parametrize(("count", "drafts"), [(1, 0), (1, 1), (2, 1), (9, 8), (16, 0), (17, 0), (20, 5), (40, 8)])
 @pytest.mark.parametrize("shape", [SMALL, Shape(1, 2, 128, 16)], ids=str)
-def test_states_that_begin_inside_a_cache_line_are_the_same_to_the_bit(count: int, guesses: int, shape: Shape) -> None:
+def test_states_that_begin_inside_a_cache_line_are_the_same_to_the_bit(count: int, drafts: int, shape: Shape) -> None:
     layer, tokens = Layer(shape), Tokens(shape, count, 2)
-    (aligned,) = run_pass(layer, [(State.random(shape, 1), tokens, guesses)])
-    (shifted,) = run_pass(layer, [(State.random(shape, 1, 5), tokens, guesses)], offset=4)
+    (aligned,) = run_pass(layer, [(State.random(shape, 1), tokens, drafts)])
+    (shifted,) = run_pass(layer, [(State.random(shape, 1, 5), tokens, drafts)], offset=4)
     same(aligned, shifted)
     assert np.array_equal(aligned[1].pending_rows, shifted[1].pending_rows)
 

@@ -81,7 +81,7 @@ def test_a_stream_is_the_same_answer_in_pieces(client: ollama.Client, tiny_model
     assert [part.done for part in parts] == [False] * (len(parts) - 1) + [True]
     assert parts[-1].eval_count == reply.usage.generated_tokens
     assert all(part.eval_count is None for part in parts[:-1])
-    assert len(parts) > 3  # tokens that were guessed come together
+    assert len(parts) > 3  # draft tokens come together
 
 
 def test_a_stream_is_lines_of_json_and_the_default(server: str) -> None:
