@@ -30,6 +30,7 @@ import llvmlite
 import numba
 from numba.core import caching
 from numba.core.registry import cpu_target
+from numba.core.runtime import rtsys
 
 from npqwen.cache_directory import cache_directory
 from npqwen.errors import KernelCacheWarning, user_stacklevel
@@ -242,7 +243,10 @@ class CodeCache(caching.FunctionCache):
 
     def load_overload(self, sig: Any, target_context: Any) -> Any:
         try:
-            return super().load_overload(sig, target_context)
+            # Numba refreshes the whole context here, which takes as long as loading all kernels. Only compiling needs
+            # that, and does it itself; code that is loaded needs the symbols of the runtime.
+            rtsys.initialize(target_context)
+            return self._load_overload(sig, target_context)
         except Exception:  # whatever unpickling raises
             return None
 
