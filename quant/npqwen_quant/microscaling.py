@@ -24,13 +24,9 @@ _PACKED = ("U8", *WORDS)
 F32 = npt.NDArray[np.float32]
 
 
-def _e2m1() -> F32:
-    """The values of all nibbles: a sign, 2 bits of exponent, 1 of mantissa."""
-    magnitudes = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
-    return np.array([*magnitudes, *(-value for value in magnitudes)], np.float32)
-
-
-E2M1 = _e2m1()
+_MAGNITUDES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+E2M1 = np.array([*_MAGNITUDES, *(-value for value in _MAGNITUDES)], np.float32)
+"""The values of all nibbles: a sign, 2 bits of exponent, 1 of mantissa."""
 ScaleFormat = Literal["e4m3", "e8m0"]
 _VALUES = {"e4m3": E4M3, "e8m0": E8M0}
 """Of the bytes of scales."""
@@ -67,7 +63,7 @@ class MicroscaledTensor(SourceTensor):
         sizes = _GROUP_SIZES[scale_format]
         if columns not in [groups * size for size in sizes]:
             expected = " or ".join(map(str, sizes))
-            raise module.error(scale, f"has {groups} groups of {columns} columns; a group must have {expected}")
+            raise module.error(scale, f"has {groups} groups for {columns} columns; each must have {expected}")
         self.path = self._values.path
         self.shape = rows, columns
         self.nbytes = self._values.nbytes + self._scales.nbytes

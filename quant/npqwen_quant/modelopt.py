@@ -27,7 +27,7 @@ _ALGORITHMS = (
 _MIXED = "MIXED_PRECISION"
 _BLOCK = (128, 128)
 _PARTS = {"weight", "weight_scale", "weight_scale_2"}
-_CHANGES = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b", "weight_scale_zero")
+_UNREAD = ("pre_quant_scale", "svdquant_lora_a", "svdquant_lora_b", "weight_scale_zero")
 """Parts that change what a matrix computes, in ways that npqwen does not read."""
 
 
@@ -47,11 +47,12 @@ class ModelOpt:
         whole = config.get("quantization")  # in a file of its own
         config = whole if isinstance(whole, dict) else config
         found = tuple(dict.fromkeys(_algorithms(config, where)))
-        groups = config.get("config_groups")
-        changes = [group for group in groups.values() if _changes(group)] if isinstance(groups, dict) else []
         for algorithm in found:
-            if algorithm not in _ALGORITHMS or changes or config.get("pre_quant_scale"):
-                raise UnreadableError(f"ModelOpt, {algorithm}{' with scaled activations' * (algorithm in _ALGORITHMS)}")
+            if algorithm not in _ALGORITHMS:
+                raise UnreadableError(f"ModelOpt, {algorithm}")
+        groups = config.get("config_groups")
+        if any(map(_scales_activations, [config, *(groups.values() if isinstance(groups, dict) else ())])):
+            raise UnreadableError(f"ModelOpt, {' and '.join(found)}, with scaled activations")
         return cls(found)
 
     def dequantized(self, stored: Mapping[str, PlainTensor]) -> dict[str, SourceTensor]:
@@ -90,14 +91,14 @@ def _checked(name: Any, where: str) -> str:
     return name.upper()
 
 
-def _changes(group: Any) -> bool:
-    """Whether the activations of a group of layers are scaled, or a product of low rank is added to the weights."""
+def _scales_activations(group: Any) -> bool:
+    """Whether the activations of a group of layers are scaled, for NVFP4_AWQ or SVDQuant."""
     return isinstance(group, dict) and bool(group.get("pre_quant_scale") or group.get("lora_rank"))
 
 
 def _tensor(module: Module) -> SourceTensor:
     """The weights of a quantized layer."""
-    for kind in _CHANGES:
+    for kind in _UNREAD:
         if kind in module:
             raise module.error(kind, "is of an algorithm that npqwen does not read; use the unquantized checkpoint")
     weight = module.part("weight", ("U8", FP8))

@@ -308,7 +308,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "nvfp4: one group": (
         "nvfp4",
         part(f"{PROJ}.weight_scale", lambda s: s[:, :1]),
-        "weight_scale has 1 groups of 64 columns; a group must have 16 or 32",
+        "weight_scale has 1 groups for 64 columns; each must have 16 or 32",
     ),
     "nvfp4: scales of fewer rows": (
         "nvfp4",
@@ -318,7 +318,7 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "nvfp4: groups that do not divide": (
         "nvfp4",
         part(f"{PROJ}.weight_scale", lambda s: s[:, :3]),
-        "weight_scale has 3 groups of 64 columns; a group must have 16 or 32",
+        "weight_scale has 3 groups for 64 columns; each must have 16 or 32",
     ),
     "nvfp4: scales of integers": (
         "nvfp4",
@@ -330,12 +330,12 @@ REFUSED: dict[str, tuple[str, Edit, str]] = {
     "modelopt: scaled activations": (
         "modelopt",
         entry(quant_algo="NVFP4_AWQ", pre_quant_scale=True),
-        r"\(ModelOpt, NVFP4_AWQ with scaled activations\)",
+        r"\(ModelOpt, NVFP4_AWQ, with scaled activations\)",
     ),
     "modelopt: a product of low rank": (
         "modelopt",
         entry(config_groups={"group_0": {"lora_rank": 32}}),
-        r"\(ModelOpt, NVFP4 with scaled activations\)",
+        r"\(ModelOpt, NVFP4, with scaled activations\)",
     ),
     "modelopt: no algorithm": ("modelopt", entry(quant_algo=None), "quant_algo is None, not the name of an algorithm"),
     "modelopt: layers of nothing": (
